@@ -1,0 +1,109 @@
+"""Autoguidance as a denoiser made of two, and the Heun sampler.
+
+Autoguidance: "Guiding a Diffusion Model with a Bad Version of Itself" (arXiv 2406.02507). The sampler is that of EDM
+(arXiv 2206.00364, algorithms 1 and 2). Used by `sample.py`:
+
+    python sample.py runs/tree-ajest --guidance 3 --out samples.npz
+"""
+import numpy as np
+import torch
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# D_w = D_guide + w (D_main - D_guide) (2406.02507 eq. 3). Classifier-free guidance is the case
+# guide = Unlabelled(main).
+
+class Autoguided:
+    """A denoiser made of two. w = 1 is the main model alone, w = 0 the guide alone, w > 1 guides.
+
+    interval = (lo, hi) restricts guidance to lo <= sigma <= hi (2404.07724); outside of it the guide is not run.
+    Raises ValueError where the two denoise different shapes.
+    """
+
+    def __init__(self, main, guide, w, interval=None):
+        if getattr(guide, "shape", None) != getattr(main, "shape", None):
+            raise ValueError(f"the guide denoises {guide.shape}, the main model {main.shape}")
+        self.main, self.guide, self.w, self.interval, self.shape = main, guide, w, interval, main.shape
+
+    def __call__(self, x, sigma, labels=None):
+        inside = self.interval is None or self.interval[0] <= float(sigma) <= self.interval[1]
+        if self.w == 1 or not inside:
+            return self.main(x, sigma, labels)
+        D_guide = self.guide(x, sigma, labels)
+        return D_guide if self.w == 0 else torch.lerp(D_guide, self.main(x, sigma, labels), self.w)
+
+
+class Unlabelled:
+    """The same denoiser without its label: the guide that makes autoguidance classifier-free guidance."""
+
+    def __init__(self, denoiser):
+        self.denoiser, self.shape = denoiser, denoiser.shape
+
+    def __call__(self, x, sigma, labels=None):
+        return self.denoiser(x, sigma, None)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Unit noise whose i-th sample depends on its own seed alone: drawn on the CPU, one generator per sample.
+
+def seeded_noise(seeds, shape, device="cpu", generators=None):
+    """Unit normal noise, one sample of `shape` per seed: -> fp32 [len(seeds), *shape]. `generators` continue a stream."""
+    generators = generators or [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+    return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The noise levels of EDM (eq. 5) and Heun's second-order steps between them.
+
+def noise_levels(steps, sigma_min, sigma_max, rho=7.0):
+    """sigma_max = t_0 > ... > t_{steps-1} = sigma_min, then 0: float64 [steps + 1]."""
+    ramp = np.linspace(0, 1, steps) if steps > 1 else np.zeros(1)
+    levels = (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
+    return np.append(levels, 0.0)
+
+
+@torch.no_grad()
+def heun(denoiser, noise, labels=None, steps=32, sigma_min=0.002, sigma_max=80.0, rho=7.0,
+         S_churn=0.0, S_min=0.0, S_max=float("inf"), S_noise=1.0, fresh_noise=None):
+    """Integrate the probability-flow ODE from `noise` (unit normal [N, ...]) to samples [N, ...].
+
+    S_churn > 0 adds fresh noise before each step whose sigma lies in [S_min, S_max] (EDM algorithm 2);
+    fresh_noise() must return unit noise of noise's shape. The noise level is handed to the denoiser as a number on
+    the host, so that a guidance interval needs no device synchronization. steps denoiser calls for the Euler
+    halves and steps - 1 for the corrections: 2 * steps - 1 in all.
+    """
+    levels = noise_levels(steps, sigma_min, sigma_max, rho)
+    x = noise * levels[0]
+    for sigma, sigma_next in zip(levels[:-1], levels[1:]):
+        if S_churn > 0 and S_min <= sigma <= S_max:  # raise the noise level by the factor 1 + gamma
+            sigma_hat = sigma * (1 + min(S_churn / steps, np.sqrt(2) - 1))
+            x = x + np.sqrt(sigma_hat ** 2 - sigma ** 2) * S_noise * fresh_noise()
+            sigma = sigma_hat
+        d = (x - denoiser(x, torch.tensor(sigma), labels)) / sigma  # dx / dsigma at sigma
+        x_next = x + (sigma_next - sigma) * d
+        if sigma_next > 0:  # correction: the mean of the slopes at both ends
+            d_next = (x_next - denoiser(x_next, torch.tensor(sigma_next), labels)) / sigma_next
+            x_next = x + (sigma_next - sigma) * (d + d_next) / 2
+        x = x_next
+    return x
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Samples by seed, in batches of one fixed size (the last is padded): one compiled graph, and the same sample whatever
+# the number asked for.
+
+def generate(denoiser, seeds, labels=None, batch=256, device="cpu", **sampler):
+    """Yield samples [<= batch, ...] for seeds [N] and labels int64 [N] or None; `sampler` goes to `heun`."""
+    for start in range(0, len(seeds), batch):
+        part = list(seeds[start:start + batch])
+        count, part = len(part), part + [part[-1]] * (batch - len(part))
+        generators = [torch.Generator().manual_seed(int(seed)) for seed in part]
+
+        def fresh_noise():
+            return seeded_noise(part, denoiser.shape, device, generators)
+
+        label = None
+        if labels is not None:
+            label = labels[start:start + batch]
+            label = torch.cat([label, label[-1:].expand(batch - count)]).to(device)
+        yield heun(denoiser, fresh_noise(), label, fresh_noise=fresh_noise, **sampler)[:count]

@@ -1,0 +1,381 @@
+"""Denoisers: the EDM2 UNet for images and latents, an MLP for 2-D points, EDM preconditioning, loss and EMA.
+
+The network is configuration G of "Analyzing and Improving the Training Dynamics of Diffusion Models" (EDM2,
+arXiv 2312.02696); preconditioning and loss are those of EDM (arXiv 2206.00364). Everything a checkpoint needs to be
+sampled from is in the checkpoint:
+
+    python -c "import model; print(model.load_denoiser('runs/tree-ajest/checkpoint.pt'))"
+"""
+import math
+import os
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+FORMAT = 1  # version of the checkpoint layout; a later one is refused
+
+
+class CheckpointError(ValueError):
+    """A file that is not a usable checkpoint; the message is one line and names the file."""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Magnitude-preserving building blocks (EDM2, section 2.3 and appendix B): each keeps unit-variance activations at unit
+# variance, so that no normalization by batch statistics is needed.
+
+def normalize(x, dim, eps=1e-4):
+    """x / rms(x) over `dim`, the statistics in fp32; the result has x's dtype (EDM2 eq. 47, with a floor for eps)."""
+    rms = x.float().square().mean(dim, keepdim=True).sqrt().clamp_min(eps)
+    return x / rms.to(x.dtype)
+
+
+def mp_silu(x):
+    return F.silu(x) / 0.596  # EDM2 eq. 81
+
+
+def mp_sum(a, b, t):
+    """Weighted sum of two unit-variance tensors, t the share of b (EDM2 eq. 88)."""
+    return torch.lerp(a, b, t) / math.hypot(1 - t, t)
+
+
+def mp_cat(a, b):
+    """Concatenation along channels in which a and b contribute equally (EDM2 eq. 103, t = 1/2)."""
+    n_a, n_b = a.shape[1], b.shape[1]
+    scale = math.sqrt((n_a + n_b) / 2)
+    return torch.cat([a * (scale / math.sqrt(n_a)), b * (scale / math.sqrt(n_b))], dim=1)
+
+
+def resample(x, mode):
+    """Halve (2x2 mean) or double (nearest) the resolution, or keep it."""
+    if mode == "down":
+        return F.avg_pool2d(x, 2)
+    return F.interpolate(x, scale_factor=2, mode="nearest") if mode == "up" else x
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Random Fourier features of the noise level (EDM2 eq. 75): [N] -> [N, channels], unit variance.
+
+class MPFourier(torch.nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.register_buffer("freqs", 2 * math.pi * torch.randn(channels))
+        self.register_buffer("phases", 2 * math.pi * torch.rand(channels))
+
+    def forward(self, x):
+        return math.sqrt(2) * torch.cos(x.float().outer(self.freqs) + self.phases)  # [batch, channels]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Convolution (kernel > 0) or linear layer (kernel 0) whose weights have unit norm per output (EDM2 eq. 66). The
+# differentiable normalization runs here, in fp32; `project` makes the stored weights themselves unit-norm, once
+# per optimizer step and outside of the compiled graph.
+
+class MPLayer(torch.nn.Module):
+    def __init__(self, in_channels, out_channels, kernel=0):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(out_channels, in_channels, *[kernel] * (2 if kernel else 0)))
+
+    def forward(self, x, gain=1.0):
+        w = normalize(self.weight.float(), dim=tuple(range(1, self.weight.ndim)))
+        w = (w * (gain / math.sqrt(w[0].numel()))).to(x.dtype)
+        return F.conv2d(x, w, padding=w.shape[-1] // 2) if w.ndim == 4 else F.linear(x, w)
+
+
+@torch.no_grad()
+def project(weights):
+    """Scale every row of every weight to rms 1, in place; changes no output of the network. weights: list of tensors."""
+    scales = [w.square().mean(tuple(range(1, w.ndim)), keepdim=True).sqrt_().clamp_min_(1e-4) for w in weights]
+    if weights:
+        torch._foreach_div_(weights, scales)
+
+
+def projected_weights(module):
+    """The weights that `project` applies to: those of all magnitude-preserving layers in `module`."""
+    return [m.weight for m in module.modules() if isinstance(m, MPLayer)]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Residual block with optional cosine attention (EDM2 figure 21). Encoder blocks normalize each pixel's channels and
+# keep the main path at unit variance; decoder blocks take the concatenated skip connection.
+
+class Block(torch.nn.Module):
+    def __init__(self, in_channels, out_channels, emb_channels, decoder=False, mode="keep", attention=False,
+                 dropout=0.0, takes_skip=False):
+        super().__init__()
+        self.decoder, self.mode, self.dropout, self.takes_skip = decoder, mode, dropout, takes_skip
+        self.heads = max(1, out_channels // 64) if attention else 0
+        while self.heads and out_channels % self.heads:
+            self.heads -= 1
+        self.emb_gain = torch.nn.Parameter(torch.zeros([]))
+        self.emb = MPLayer(emb_channels, out_channels)
+        self.res0 = MPLayer(in_channels if decoder else out_channels, out_channels, 3)
+        self.res1 = MPLayer(out_channels, out_channels, 3)
+        self.skip = MPLayer(in_channels, out_channels, 1) if in_channels != out_channels else None
+        self.qkv = MPLayer(out_channels, 3 * out_channels, 1) if attention else None
+        self.proj = MPLayer(out_channels, out_channels, 1) if attention else None
+
+    def forward(self, x, emb):
+        x = resample(x, self.mode)
+        if not self.decoder:
+            x = self.skip(x) if self.skip else x
+            x = normalize(x, dim=1)
+        y = self.res0(mp_silu(x))
+        y = mp_silu(y * (self.emb(emb, self.emb_gain) + 1)[:, :, None, None].to(y.dtype))
+        y = self.res1(F.dropout(y, self.dropout, self.training) if self.dropout else y)
+        if self.decoder and self.skip:
+            x = self.skip(x)
+        x = mp_sum(x, y, 0.3)
+        if self.heads:
+            x = mp_sum(x, self.attend(x), 0.3)
+        return x.clamp(-256, 256)
+
+    def attend(self, x):
+        n, c, h, w = x.shape
+        qkv = self.qkv(x).reshape(n, self.heads, 3, c // self.heads, h * w)
+        q, k, v = normalize(qkv, dim=3).transpose(-1, -2).unbind(2)  # [batch, heads, pixels, channels / heads]
+        y = F.scaled_dot_product_attention(q, k, v)  # unit-rms q and k: cosine similarity times sqrt(channels / heads)
+        return self.proj(y.transpose(-1, -2).reshape(n, c, h, w))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The raw network F of EDM2 configuration G: four levels of 1, 2, 3, 4 times `channels`, three blocks a level (four in
+# the decoder), attention at 16x16 and 8x8.
+
+class UNet(torch.nn.Module):
+    """F(x, noise_label, class_labels): ([N, C, H, W], [N], int64 [N] or None) -> [N, C, H, W].
+
+    classes = 0 is the unconditional network. A label of -1 stands for "no class" (its embedding is zero), which
+    is what classifier-free guidance asks for. Raises ValueError for a resolution that is not a multiple of 8.
+    """
+
+    def __init__(self, resolution=64, in_channels=3, channels=64, classes=1000, dropout=0.0, blocks=3):
+        super().__init__()
+        if resolution < 8 or resolution % 8:
+            raise ValueError(f"the UNet needs a resolution that is a multiple of 8, not {resolution}")
+        self.resolution, self.in_channels, self.classes = resolution, in_channels, classes
+        widths, emb = [channels * m for m in (1, 2, 3, 4)], channels * 4
+        self.fourier = MPFourier(channels)
+        self.emb_noise = MPLayer(channels, emb)
+        self.emb_class = MPLayer(classes, emb) if classes else None
+        self.encoder, self.decoder, skips = torch.nn.ModuleList(), torch.nn.ModuleList(), [channels]
+        self.first = MPLayer(in_channels + 1, channels, 3)
+        width = channels
+        for level, w in enumerate(widths):
+            attention = resolution >> level in (8, 16)
+            for i in range(blocks + (level > 0)):  # the first block of each level but the top one halves the resolution
+                down = level > 0 and i == 0
+                self.encoder.append(Block(width, width if down else w, emb, mode="down" if down else "keep",
+                                          attention=attention and not down, dropout=dropout))
+                skips.append(width := width if down else w)
+        for level, w in reversed(list(enumerate(widths))):
+            attention = resolution >> level in (8, 16)
+            for i in range(2 if level == 3 else 1):  # two blocks at the bottom; elsewhere one that doubles the resolution
+                self.decoder.append(Block(width, width, emb, True, mode="keep" if level == 3 else "up",
+                                          attention=level == 3 and i == 0, dropout=dropout))
+            for _ in range(blocks + 1):
+                self.decoder.append(Block(width + skips.pop(), w, emb, True, attention=attention, dropout=dropout,
+                                          takes_skip=True))
+                width = w
+        self.out = MPLayer(width, in_channels, 3)
+        self.out_gain = torch.nn.Parameter(torch.zeros([]))
+
+    def forward(self, x, noise_label, class_labels=None):
+        emb = self.emb_noise(self.fourier(noise_label))  # [batch, 4 * channels]
+        if self.emb_class is not None:
+            one_hot = torch.arange(self.classes, device=x.device) == (-1 if class_labels is None else class_labels[:, None])
+            one_hot = one_hot.expand(len(x), -1).to(emb.dtype) * math.sqrt(self.classes)
+            emb = mp_sum(emb, self.emb_class(one_hot), 0.5)
+        emb = mp_silu(emb)
+        x = self.first(torch.cat([x, torch.ones_like(x[:, :1])], dim=1))
+        skips = [x]
+        for block in self.encoder:
+            x = block(x, emb)
+            skips.append(x)
+        for block in self.decoder:
+            x = block(mp_cat(x, skips.pop()) if block.takes_skip else x, emb)
+        return self.out(x, self.out_gain)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The raw network F for 2-D points: (x [N, 2], noise_label [N], None) -> [N, 2]. Plain layers: on the tree they reach a
+# hit of 0.84 after 4,096 steps of 816 examples where magnitude-preserving ones reach 0.75.
+
+class MLP(torch.nn.Module):
+    def __init__(self, channels=64, layers=4):
+        super().__init__()
+        widths = [4] + [channels] * layers
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(a, b) for a, b in zip(widths, widths[1:]))
+        self.out = torch.nn.Linear(channels, 2)
+        torch.nn.init.zeros_(self.out.weight)
+
+    def forward(self, x, noise_label, class_labels=None):
+        h = torch.cat([x, noise_label[:, None], torch.ones_like(x[:, :1])], dim=1)
+        for layer in self.layers:
+            h = F.silu(layer(h))
+        return self.out(h)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# EDM preconditioning (2206.00364, table 1) around a raw network, and EDM2's learned uncertainty u(sigma).
+
+def preconditioning(sigma, sigma_data=0.5):
+    """c_skip, c_out, c_in, c_noise of EDM, each of sigma's shape."""
+    total = sigma.square() + sigma_data ** 2
+    return sigma_data ** 2 / total, sigma * sigma_data / total.sqrt(), 1 / total.sqrt(), sigma.log() / 4
+
+
+def loss_weight(sigma, sigma_data=0.5):
+    """lambda(sigma) = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 = 1 / c_out^2 (EDM, table 1)."""
+    return (sigma.square() + sigma_data ** 2) / (sigma * sigma_data).square()
+
+
+def per_example_loss(D_x, x0, sigma, sigma_data=0.5):
+    """lambda(sigma) * mean over dimensions of (D_x - x0)^2: [N, ...], [N, ...], [N] -> [N], in fp32."""
+    return loss_weight(sigma, sigma_data) * (D_x.float() - x0).square().flatten(1).mean(1)
+
+
+class Denoiser(torch.nn.Module):
+    """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise) for a raw network F (EDM eq. 7).
+
+    denoiser(x [N, ...], sigma [N] or a number, labels int64 [N] or None) -> [N, ...] in fp32. `config` is the plain
+    dictionary that `build` made it from; it also holds `kind`, `shape` and `class_names` of the data.
+    """
+
+    def __init__(self, net, config):
+        super().__init__()
+        self.net, self.config = net, config
+        self.kind, self.shape, self.classes = config["kind"], tuple(config["shape"]), config["classes"]
+        self.sigma_data = config["sigma_data"]
+        if config["net"] == "unet":
+            self.u_fourier, self.u_out = MPFourier(128), MPLayer(128, 1)
+
+    def forward(self, x, sigma, labels=None):
+        x = x.float()
+        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(len(x))
+        c_skip, c_out, c_in, c_noise = (c.reshape(-1, *[1] * (x.ndim - 1)) for c in preconditioning(sigma, self.sigma_data))
+        F_x = self.net(c_in * x, c_noise.flatten(), labels if self.classes else None)
+        return c_skip * x + c_out * F_x.float()
+
+    def u(self, sigma):
+        """Learned log-uncertainty of the loss at each noise level, [N] -> [N] (EDM2 section 2.2); UNet only."""
+        return self.u_out(self.u_fourier(sigma.log() / 4)).squeeze(1).float()
+
+    def loss(self, x0, noise, sigma, labels=None):
+        """Per-example EDM loss at x0 + sigma * noise: x0, noise [N, ...], sigma [N] -> (loss [N], D_x [N, ...])."""
+        D_x = self(x0 + sigma.reshape(-1, *[1] * (x0.ndim - 1)) * noise, sigma, labels)
+        return per_example_loss(D_x, x0, sigma, self.sigma_data), D_x
+
+
+def build(config):
+    """A Denoiser from its plain configuration: net, kind, shape, channels, classes, dropout, sigma_data."""
+    if config["net"] == "mlp":
+        net = MLP(config["channels"])
+    else:
+        in_channels, resolution, _ = config["shape"]
+        net = UNet(resolution, in_channels, config["channels"], config["classes"], config["dropout"])
+    return Denoiser(net, config)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# bf16 autocast and one compiled graph with static shapes around a function of tensors.
+
+def accelerate(function, device, bf16=False, compiled=False):
+    def run(*args):
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
+            return function(*args)
+    return torch.compile(run, fullgraph=True, dynamic=False) if compiled else run
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Power-function EMA (EDM2 section 3.1): theta_hat_t = beta_t theta_hat_{t-1} + (1 - beta_t) theta_t with
+# beta_t = (1 - 1/t)^(gamma + 1). beta_1 = 0, so the initialization never enters.
+
+def ema_gamma(std):
+    """Exponent gamma of the profile whose standard deviation is `std` times the training time (EDM2 eq. 123)."""
+    inverse = std ** -2  # std^2 (gamma + 2)^2 (gamma + 3) = gamma + 1, solved for its largest real root
+    return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
+
+
+class PowerEMA:
+    """Averages of a module's parameters at several relative lengths `stds` (0.05 = 5 % of the training so far)."""
+
+    def __init__(self, module, stds):
+        self.params = [p for p in module.parameters()]
+        self.names = [n for n, _ in module.named_parameters()]
+        self.gammas = {std: ema_gamma(std) for std in stds}
+        self.averages = {std: [p.detach().clone() for p in self.params] for std in stds}
+
+    @torch.no_grad()
+    def update(self, t):
+        """Fold the parameters after optimizer step t (1, 2, ...) into every average."""
+        for std, gamma in self.gammas.items():
+            torch._foreach_lerp_(self.averages[std], self.params, 1 - (1 - 1 / t) ** (gamma + 1))
+
+    @torch.no_grad()
+    def copy_to(self, module, std):
+        """Write the average of length `std` into `module`, whose parameters have the same order."""
+        torch._foreach_copy_(list(module.parameters()), self.averages[std])
+
+    def state_dict(self):
+        return {str(std): dict(zip(self.names, average)) for std, average in self.averages.items()}
+
+    def load_state_dict(self, state):
+        for std, average in self.averages.items():
+            torch._foreach_copy_(average, [state[str(std)][name] for name in self.names])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Checkpoints: one dictionary of tensors and plain data, read with weights_only=True, replaced atomically.
+
+def save(path, checkpoint):
+    """Write `checkpoint` to a temporary file beside `path`, flush it to the disk, then rename it over `path`."""
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            torch.save({"format": FORMAT, **checkpoint}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise CheckpointError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
+
+
+def read(path, device="cpu"):
+    """The checkpoint dictionary of a file that `save` wrote; CheckpointError for anything else."""
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from None
+    except Exception:  # torch's readers raise many kinds for a damaged or foreign file
+        raise CheckpointError(f"{path}: not a checkpoint (damaged, or another kind of file)") from None
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("format"), int):
+        raise CheckpointError(f"{path}: not a checkpoint of this program")
+    if checkpoint["format"] > FORMAT:
+        raise CheckpointError(f"{path}: written by a later version (format {checkpoint['format']}, this is {FORMAT})")
+    return checkpoint
+
+
+def denoiser_from(checkpoint, path, ema=None, device="cpu"):
+    """The denoiser in a checkpoint dictionary. `ema`: an EMA length in it, None = the first, 0 = the raw weights."""
+    try:
+        config, averages = checkpoint["model_config"], checkpoint["ema"]
+        key = next(iter(averages), None) if ema is None else str(float(ema))
+        if ema != 0 and key not in averages:
+            raise CheckpointError(f"{path}: no EMA of length {ema}, it has {', '.join(averages)} (--ema)")
+        with torch.device("meta"):  # shapes only: a hostile configuration allocates nothing
+            denoiser = build(config)
+        denoiser.load_state_dict({**checkpoint["model"], **(averages[key] if ema != 0 else {})}, assign=True)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{path}: not a denoiser of this program ({str(error).splitlines()[0][:80]})") from None
+    return denoiser.to(device).float().eval().requires_grad_(False)
+
+
+def load_denoiser(path, ema=None, device="cpu"):
+    """The denoiser stored at `path`, a checkpoint file or a run folder; ready for sampling or as a reference."""
+    path = os.path.join(path, "checkpoint.pt") if os.path.isdir(path) else path
+    return denoiser_from(read(path, device), path, ema, device)

@@ -1,0 +1,1094 @@
+"""Train a diffusion model while choosing its data: online (JEST, AJEST) or offline (coreset and class weights).
+
+"Autoguided Online Data Curation for Diffusion Model Training" (arXiv 2509.15267) and "Pruning then Reweighting:
+Towards Data-Efficient Training of Diffusion Models" (arXiv 2409.19128). One run is one folder; the same command
+again resumes it. On the built-in 2-D tree, in a few minutes on a CPU:
+
+    python train.py --selector ajest --early-steps 5000
+"""
+import argparse
+import copy
+import importlib.util
+import json
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+import torch.utils.flop_counter
+
+import data
+import fid
+import guide
+import model
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# select.py shares its name with a standard-library module, so it is loaded by path.
+
+def load_select():
+    spec = importlib.util.spec_from_file_location("batch_select", Path(__file__).with_name("select.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+select = load_select()
+
+# ---------------------------------------------------------------------------------------------------------------
+# Presets by kind and resolution; every value has a flag. The tree follows the toy example of 2406.02507, the images
+# EDM's and EDM2's noise distributions, with a learning-rate decay for short runs.
+
+PRESETS = {
+    "tree": dict(channels=64, batch=816, steps=20_000, lr=0.01, lr_decay=512, warmup=0, dropout=0.0, flip=False,
+                 P_mean=-2.3, P_std=1.5, sigma_max=5.0, guidance=3.0, ema=[0.02, 0.10], guide_channels=32,
+                 guide_batch=4096, guide_steps=1024, eval_samples=163_840, log_every=100),
+    "32": dict(channels=64, batch=512, steps=20_000, lr=0.01, lr_decay=2000, warmup=200, dropout=0.13, flip=True,
+               P_mean=-1.2, P_std=1.2, sigma_max=80.0, guidance=1.6, ema=[0.05, 0.10], guide_channels=32,
+               guide_batch=512, guide_steps=2500, eval_samples=10_000, log_every=50),
+    "64": dict(channels=64, batch=256, steps=20_000, lr=0.01, lr_decay=4000, warmup=200, dropout=0.0, flip=True,
+               P_mean=-0.8, P_std=1.6, sigma_max=80.0, guidance=1.8, ema=[0.05, 0.10], guide_channels=32,
+               guide_batch=256, guide_steps=2500, eval_samples=10_000, log_every=50),
+    "latent": dict(channels=128, batch=256, steps=20_000, lr=0.01, lr_decay=4000, warmup=200, dropout=0.0, flip=False,
+                   P_mean=-0.4, P_std=1.0, sigma_max=80.0, guidance=1.8, ema=[0.05, 0.10], guide_channels=64,
+                   guide_batch=256, guide_steps=2500, eval_samples=10_000, log_every=50),
+}
+
+
+def preset_name(dataset):
+    return dataset.kind if dataset.kind in PRESETS else "32" if dataset.shape[-1] <= 32 else "64"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The command line. None stands for "the preset's value".
+
+def build_parser():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    on_off = argparse.BooleanOptionalAction
+
+    g = parser.add_argument_group("data")
+    g.add_argument("--data", help="folder, zip, CIFAR-10 archive or .npz; none = the 2-D tree")
+    g.add_argument("--out", help="run folder (default runs/DATA-SELECTOR)")
+    g.add_argument("--size", type=int, help="center-crop and resize images to this many pixels")
+    g.add_argument("--flip", action=on_off, help="horizontal flips, labelled so that they do not leak")
+    g.add_argument("--holdout", type=int, default=0, help="examples held out for the validation loss (0 = off)")
+    g.add_argument("--imbalance", type=float, help="make classes long-tailed: head over tail, e.g. 100")
+
+    g = parser.add_argument_group("model and optimization")
+    g.add_argument("--channels", type=int, help="width of the network")
+    g.add_argument("--batch", type=int, help="examples trained on per step, whatever the selector")
+    g.add_argument("--micro-batch", type=int, default=0, help="split the batch into parts of this size (0 = off)")
+    g.add_argument("--steps", type=int, help="optimizer steps")
+    g.add_argument("--minutes", type=float, default=0, help="stop after this much training time (0 = no limit)")
+    g.add_argument("--lr", type=float, help="Adam learning rate")
+    g.add_argument("--lr-decay", type=int, help="steps after which it falls as 1/sqrt(step)")
+    g.add_argument("--warmup", type=int, help="steps of linear warm-up (0 = off)")
+    g.add_argument("--dropout", type=float, help="dropout inside the residual blocks")
+    g.add_argument("--label-dropout", type=float, default=0, help="share trained without label, for --guide self")
+    g.add_argument("--ema", type=float, nargs="+", help="EMA lengths relative to training; the first is evaluated")
+    g.add_argument("--P-mean", type=float, help="mean of ln sigma in training")
+    g.add_argument("--P-std", type=float, help="standard deviation of ln sigma in training")
+
+    g = parser.add_argument_group("online selection (2509.15267)")
+    g.add_argument("--selector", choices=["uniform", "jest", "ajest"], default="uniform")
+    g.add_argument("--filter", type=float, default=0.8, help="share of the super-batch that is left out")
+    g.add_argument("--chunks", type=int, default=16, help="chunks in which JEST fills the batch")
+    g.add_argument("--score", choices=select.SCORES, default="learnability", help="what makes an example worth it")
+    g.add_argument("--invert", action="store_true", help="prefer low scores")
+    g.add_argument("--gain", type=float, default=0, help="multiply standardized scores (0 = raw scores)")
+    g.add_argument("--debias", action="store_true", help="weight by inverse inclusion probability")
+    g.add_argument("--early-steps", type=int, default=0, help="select during the first N steps (0 = throughout)")
+    g.add_argument("--until-better", action="store_true", help="select until the learner beats the reference")
+    g.add_argument("--once-better", action="store_true", help="select once the learner beats the reference")
+    g.add_argument("--interpolate", type=float, default=0, help="score the autoguided denoiser of weight W (0 = off)")
+    g.add_argument("--reference", help="checkpoint that --selector jest scores against (default: the learner's EMA)")
+
+    g = parser.add_argument_group("guide, sampling and evaluation (2406.02507)")
+    g.add_argument("--guide", default="auto", help="checkpoint, auto = train one first, self = drop the label, none")
+    g.add_argument("--guide-channels", type=int, help="width of the trained guide")
+    g.add_argument("--guide-batch", type=int, help="its batch")
+    g.add_argument("--guide-steps", type=int, help="its steps")
+    g.add_argument("--guidance", type=float, help="guidance weight of samples (1 = off)")
+    g.add_argument("--sampling-steps", type=int, default=32, help="Heun steps")
+    g.add_argument("--sigma-max", type=float, help="noise level at which sampling starts")
+    g.add_argument("--eval-every", type=int, default=0, help="steps between evaluations (0 = only at the end)")
+    g.add_argument("--eval-samples", type=int, help="samples per evaluation (0 = no evaluation)")
+    g.add_argument("--metrics", default="auto", help="own:CKPT, inception, pixels, or auto = own, fitted first")
+
+    g = parser.add_argument_group("coreset and class weights (2409.19128)")
+    g.add_argument("--keep", help="fraction of each class to keep, or a file of indices")
+    g.add_argument("--prune", choices=["gaussian", "knn", "moderate", "random"], default="gaussian")
+    g.add_argument("--features", default="pixels", help="pixels, own:CKPT, inception, or a file of features")
+    g.add_argument("--dro", help="train a proxy that finds class weights against this reference; auto = all stages")
+    g.add_argument("--dro-steps", type=int, help="steps of the proxy under --dro auto (default: the guide's)")
+    g.add_argument("--eta", type=float, default=0.01, help="step size of the class weights")
+    g.add_argument("--smoothing", type=float, default=1e-3, help="share of uniform weights mixed in")
+    g.add_argument("--class-weights", help="class_weights.json to train with")
+    g.add_argument("--reweight", choices=["loss", "sampling"], default="loss", help="how the weights act")
+
+    g = parser.add_argument_group("run")
+    g.add_argument("--seed", type=int, default=0)
+    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or mps")
+    g.add_argument("--bf16", action=on_off, help="bf16 autocast (default: on CUDA)")
+    g.add_argument("--compile", action=on_off, help="torch.compile (default: on CUDA)")
+    g.add_argument("--log-every", type=int, help="steps between log lines")
+    g.add_argument("--save-every", default="60s", help="between checkpoints: seconds (60s) or steps (5000)")
+    g.add_argument("--dry-run", action="store_true", help="report data, plan and memory, then end")
+    return parser
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The resolved configuration: a flat dictionary of plain values, written to config.json before the first step.
+
+def resolve(args, dataset):
+    """Fill in the preset and check sizes; DataError names the flag to change."""
+    config = {k: v for k, v in vars(args).items() if k not in ("out", "dry_run")}
+    name = preset_name(dataset)
+    for key, value in PRESETS[name].items():
+        config[key] = value if config.get(key) is None else config[key]
+    cuda = torch.device(args.device).type == "cuda"
+    config["bf16"] = cuda if args.bf16 is None else args.bf16
+    config["compile"] = cuda if args.compile is None else args.compile
+    config.update(preset=name, kind=dataset.kind, data_fingerprint=dataset.fingerprint, shape=list(dataset.shape))
+    config.update(classes=dataset.classes, class_names=list(dataset.class_names), net_classes=dataset.classes)
+    if config["flip"]:
+        config["net_classes"] = 2 * max(dataset.classes, 1)
+    if dataset.kind == "latent":
+        config.update(latent_mean=[float(v) for v in dataset.mean], latent_std=[float(v) for v in dataset.std])
+    checks = [
+        (0 <= config["filter"] < 1, "--filter must be at least 0 and less than 1"),
+        (config["early_steps"] >= 0, "--early-steps must not be negative (0 = throughout)"),
+        (min(config["batch"], config["steps"], config["channels"], config["guide_batch"], config["guide_steps"],
+             config["guide_channels"], config["log_every"], config["sampling_steps"]) > 0,
+         "--batch, --steps, --channels, --log-every, --sampling-steps and the --guide-... sizes must be positive"),
+        (config["lr"] > 0 and config["P_std"] > 0 and config["sigma_max"] > 0.002, "--lr, --P-std, --sigma-max: positive"),
+        (0 < config["chunks"], "--chunks must be positive"),
+        (0 <= config["dropout"] < 1 and 0 <= config["label_dropout"] < 1, "--dropout and --label-dropout: in [0, 1)"),
+        (all(0 < std < 0.28 for std in config["ema"]), "--ema lengths must lie between 0 and 0.28"),
+        (not (config["until_better"] and config["once_better"]), "--until-better and --once-better exclude each other"),
+        (dataset.kind == "tree" or dataset.shape[-1] == dataset.shape[-2] and dataset.shape[-1] % 8 == 0,
+         f"--size: the UNet needs square images of a multiple of 8 pixels, not {list(dataset.shape)}"),
+        (config["kind"] != "tree" or not (config["keep"] or config["dro"] or config["class_weights"] or config["holdout"]),
+         "--keep, --dro, --class-weights and --holdout need --data: the tree is drawn afresh at every step"),
+        (dataset.classes or not (config["dro"] or config["class_weights"] or config["imbalance"]),
+         f"--dro, --class-weights and --imbalance need labels: {config['data']} has none"),
+        (config["selector"] != "ajest" or config["guide"] not in ("none", "self"), "--selector ajest needs a --guide"),
+        (config["guide"] != "self" or config["label_dropout"] > 0 or config["net_classes"] == 0,
+         "--guide self needs training with --label-dropout, e.g. 0.1"),
+        (config["eta"] > 0 and 0 <= config["smoothing"] < 1, "--eta must be positive, --smoothing in [0, 1)"),
+    ]
+    for passed, message in checks:
+        if not passed:
+            raise data.DataError(message)
+    parse_save_every(config["save_every"])
+    return config
+
+
+def parse_save_every(text):
+    """"60s" -> (seconds, None), "5000" -> (None, steps)."""
+    try:
+        value = float(text.removesuffix("s"))
+        if value > 0:
+            return (value, None) if text.endswith("s") else (None, int(value))
+    except ValueError:
+        pass
+    raise data.DataError(f"--save-every: {text} is neither seconds (60s) nor steps (5000)")
+
+
+def model_config(config):
+    """What a checkpoint needs to rebuild and sample its denoiser: plain values only."""
+    return dict(net="mlp" if config["kind"] == "tree" else "unet", kind=config["kind"], shape=config["shape"],
+                channels=config["channels"], classes=config["net_classes"], dropout=config["dropout"], sigma_data=0.5,
+                class_names=config["class_names"], sigma_max=config["sigma_max"], guidance=config["guidance"],
+                latent_mean=config.get("latent_mean"), latent_std=config.get("latent_std"))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Several processes (torchrun): each works on its rows of the one draw that (seed, step) defines.
+
+class Ranks:
+    def __init__(self, device):
+        self.device = device
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if self.world > 1 and not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+    def rows(self, *tensors):
+        """This process's rows of tensors that every process holds alike; None stays None."""
+        return [t if t is None or self.world == 1 else t[self.rank::self.world].contiguous() for t in tensors]
+
+    def gather(self, tensor):
+        """The rows of all processes, [n] -> [world * n]."""
+        if self.world == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.world)]
+        torch.distributed.all_gather(parts, tensor)
+        return torch.cat(parts)
+
+    def agree(self, seconds):
+        """Rank 0's seconds, so that all stop at the same step."""
+        if self.world > 1:
+            value = torch.tensor([seconds], device=self.device)
+            torch.distributed.broadcast(value, 0)
+            return value.item()
+        return seconds
+
+    def average_(self, tensors):
+        """Average a list of tensors over the processes, in place and in one message."""
+        if self.world > 1:
+            flat = torch.cat([t.flatten() for t in tensors])
+            torch.distributed.all_reduce(flat)
+            parts = (flat / self.world).split([t.numel() for t in tensors])
+            torch._foreach_copy_(tensors, [p.view_as(t) for p, t in zip(parts, tensors)])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Seconds of device time between `start` and `stop`; on CUDA by events, so that nothing waits until `seconds` is read.
+
+class Stopwatch:
+    def __init__(self, device, seconds=0.0):
+        self.cuda, self.total, self.pending = device.type == "cuda", seconds, []
+
+    def mark(self):
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def __enter__(self):
+        self.began = self.mark()
+
+    def __exit__(self, *_):
+        self.pending.append((self.began, self.mark()))
+
+    def seconds(self):
+        """The total so far; waits for the device."""
+        if self.cuda and self.pending:
+            torch.cuda.synchronize()
+        self.total += sum(a.elapsed_time(b) / 1000 if self.cuda else b - a for a, b in self.pending)
+        self.pending = []
+        return self.total
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What a checkpoint holds: network, optimizer, EMAs, counters. `learn` is one optimizer step.
+
+class State:
+    def __init__(self, config, device, ranks):
+        self.config, self.device, self.ranks = config, device, ranks
+        torch.manual_seed(data.stream(config["seed"], 0, "init").initial_seed())
+        self.denoiser = model.build(model_config(config)).to(device)
+        if device.type == "cuda":
+            self.denoiser = self.denoiser.to(memory_format=torch.channels_last)
+        self.projected = model.projected_weights(self.denoiser)
+        self.project = torch.compile(model.project) if config["compile"] and self.projected else model.project
+        self.project(self.projected)
+        self.params = [p for p in self.denoiser.parameters()]
+        self.ema = model.PowerEMA(self.denoiser, config["ema"])
+        self.optimizer = torch.optim.Adam(self.params, lr=config["lr"], betas=(0.9, 0.99), eps=1e-8,
+                                          fused=device.type in ("cpu", "cuda"))
+        self.objective = model.accelerate(self._objective, device, config["bf16"], config["compile"])
+        self.progress = dict(step=0, seconds=0.0, select_seconds=0.0, eval_seconds=0.0, examples_trained=0,
+                             examples_seen=0, selecting=not config["once_better"])
+        self.flops_per_example = 3 * forward_flops(config) if config["kind"] != "tree" else 0
+        self.tally = torch.zeros(4, device=device)  # loss sum and steps since the log line; steps skipped, in a row
+
+    def _objective(self, x0, noise, sigma, labels, weight):
+        """Mean weighted objective (with EDM2's uncertainty for the UNet: loss / e^u + u) and the losses [b]."""
+        loss, _ = self.denoiser.loss(x0, noise, sigma, labels)
+        total = loss
+        if self.config["kind"] != "tree":
+            u = self.denoiser.u(sigma)
+            total = loss / u.exp() + u
+        return (total if weight is None else weight * total).mean(), loss.detach()
+
+    def learning_rate(self):
+        """Inverse square root after `lr_decay` steps, after a linear warm-up (EDM2 eq. 67)."""
+        c, step = self.config, self.progress["step"]
+        return c["lr"] / math.sqrt(max(step / c["lr_decay"], 1)) * min(1, (step + 1) / (c["warmup"] + 1))
+
+    def learn(self, x0, noise, sigma, labels, weight):
+        """One optimizer step on b examples; returns their losses [b]. A non-finite gradient skips it on the device."""
+        part, losses = self.config["micro_batch"] or len(x0), []
+        for rows in zip(*[[None] * len(x0) if t is None else t.split(part) for t in (x0, noise, sigma, labels, weight)]):
+            objective, loss = self.objective(*rows)
+            (objective * (len(loss) / len(x0))).backward()
+            losses.append(loss)
+        losses = losses[0] if len(losses) == 1 else torch.cat(losses)
+        grads = [p.grad for p in self.params if p.grad is not None]
+        self.ranks.average_(grads)
+        skip = 1 - torch.stack(torch._foreach_norm(grads)).sum().isfinite().float()
+        self.optimizer.found_inf, self.optimizer.grad_scale = skip, None  # as torch.amp.GradScaler does
+        self.optimizer.param_groups[0]["lr"] = self.learning_rate()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.project(self.projected)
+        self.progress["step"] += 1
+        self.ema.update(self.progress["step"])
+        self.tally += torch.stack([torch.nan_to_num(losses.mean(), 0, 0, 0), 1 - skip, skip, skip])
+        self.tally[3] *= skip
+        return losses
+
+    def checkpoint(self):
+        return dict(kind="run", config=self.config, model_config=model_config(self.config), progress=self.progress,
+                    model=self.denoiser.state_dict(), ema=self.ema.state_dict(), optimizer=self.optimizer.state_dict(),
+                    tally=self.tally)
+
+    def restore(self, checkpoint, path):
+        try:
+            self.denoiser.load_state_dict(checkpoint["model"])
+            self.ema.load_state_dict(checkpoint["ema"])
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            self.progress.update(checkpoint["progress"])
+            self.tally.copy_(checkpoint["tally"])
+        except (KeyError, RuntimeError, TypeError, ValueError, AttributeError):
+            raise model.CheckpointError(f"{path}: does not fit this run; give another --out") from None
+
+
+def forward_flops(config):
+    """FLOPs of one example's forward pass, counted without computing it (2 per multiply-add)."""
+    with torch.device("meta"), torch.no_grad(), torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        model.build(model_config(config))(torch.empty(1, *config["shape"]), torch.ones(1), torch.zeros(1, dtype=torch.long))
+    return counter.get_total_flops()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# One draw: data, noise level and noise, each a function of (seed, step). On the CPU the first examples of a larger draw
+# are those of a smaller one, so that all arms of a comparison see the same.
+
+class Draw:
+    def __init__(self, config, dataset, n, device, ranks, keep=None, class_weights=None):
+        self.config, self.device, self.ranks, self.n = config, device, ranks, n
+        weights = class_weights if config["reweight"] == "sampling" else None
+        self.batches = data.Batches(dataset, n, config["seed"], device, keep, weights, config["flip"])
+
+    def __getitem__(self, step):
+        """x0 [n, ...], noise [n, ...], sigma [n], labels [n] or None, index [n] or None."""
+        seed, device = self.config["seed"], self.device
+        x0, labels, index = self.batches[step]
+        ln_sigma = torch.randn(self.n, generator=data.stream(seed, step, "sigma", device), device=device)
+        sigma = (self.config["P_mean"] + self.config["P_std"] * ln_sigma).exp()
+        noise = torch.randn(x0.shape, generator=data.stream(seed, step, "noise", device), device=device)
+        if labels is not None and self.config["label_dropout"]:
+            drop = torch.rand(self.n, generator=data.stream(seed, step, "label", device), device=device)
+            labels = torch.where(drop < self.config["label_dropout"], -1, labels)
+        return self.ranks.rows(x0, noise, sigma, labels, index)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Online selection: score a super-batch with learner and reference on the same sigma and noise, keep b of B. `active` also
+# keeps the early and late rules.
+
+class Curator:
+    def __init__(self, config, state, reference, device):
+        self.config, self.state, self.reference, self.device = config, state, reference, device
+        self.losses = model.accelerate(self._losses, device, config["bf16"], config["compile"])
+        self.previous, self.stats = None, {}
+
+    def _losses(self, x0, noise, sigma, labels):
+        """Per-example losses [B] of learner (or of the autoguided pair, "interpolated AJEST") and reference."""
+        learner, D_x = self.state.denoiser.loss(x0, noise, sigma, labels)
+        if self.reference is None:
+            return learner, None
+        reference, D_reference = self.reference.loss(x0, noise, sigma, labels)
+        if self.config["interpolate"]:
+            D_x = torch.lerp(D_reference, D_x, self.config["interpolate"])
+            learner = model.per_example_loss(D_x, x0, sigma)
+        return learner, reference
+
+    def active(self, step, super_batch):
+        """Whether this step selects. The early and late rules compare the two mean losses once per log interval."""
+        c, progress = self.config, self.state.progress
+        undecided = c["until_better"] and progress["selecting"] or c["once_better"] and not progress["selecting"]
+        if undecided and step % c["log_every"] == 0:
+            learner, reference = (self.state.ranks.gather(t).mean() for t in self.measure(*super_batch[step][:4]))
+            progress["selecting"] = progress["selecting"] != bool(learner < reference)
+        over = c["early_steps"] and step >= c["early_steps"] or c["until_better"] and not progress["selecting"]
+        if over:
+            self.reference = None  # nothing scores any more: give its memory back
+        return progress["selecting"] and not over
+
+    @torch.no_grad()
+    def measure(self, x0, noise, sigma, labels):
+        if not self.config["dropout"]:
+            return self.losses(x0, noise, sigma, labels)
+        self.state.denoiser.eval()
+        losses = self.losses(x0, noise, sigma, labels)
+        self.state.denoiser.train()
+        return losses
+
+    @torch.no_grad()
+    def choose(self, x0, noise, sigma, labels, index, step, detail=False):
+        """Select from a super-batch: -> the chosen rows of the five tensors, and weights [b] or None."""
+        c, ranks = self.config, self.state.ranks
+        learner, reference = self.measure(x0, noise, sigma, labels)
+        whole = select.score(ranks.gather(learner), None if reference is None else ranks.gather(reference),
+                             c["score"], c["invert"], c["gain"])
+        score = whole.view(ranks.world, -1)[ranks.rank]
+        generator = data.stream(c["seed"], step, f"select{ranks.rank}" if ranks.rank else "select", self.device)
+        k, weight = c["batch"] // ranks.world, None
+        if c["debias"]:
+            chosen, weight = select.gumbel_top_k(score, k, generator)
+        else:
+            chosen = select.jest(score, k, c["chunks"], generator)
+        rows = [None if t is None else t[chosen] for t in (x0, noise, sigma, labels, index)]
+        if detail:
+            self.describe(sigma, rows, weight)
+        self.previous = rows[4]
+        return rows, weight
+
+    def describe(self, sigma, rows, weight):
+        """Selection statistics for the log line, as device tensors."""
+        _, _, chosen_sigma, labels, index = rows
+        self.stats = dict(ln_sigma_drawn=sigma.log().mean(), ln_sigma_selected=chosen_sigma.log().mean())
+        if weight is not None:
+            self.stats["effective_samples"] = weight.sum().square() / weight.square().sum()
+        if labels is not None:
+            share = torch.bincount(labels.clamp_min(0) % self.config["classes"], minlength=self.config["classes"])
+            self.stats["class_share"] = share / len(labels)
+        if index is not None and self.previous is not None:
+            self.stats["overlap"] = torch.isin(index, self.previous).float().mean()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Class weights by group DRO (2409.19128; the update is DoReMi's, 2305.10429): the proxy minimizes sum_c alpha_c L_c, where
+# alpha grows for classes whose excess loss over the reference is large. The result is the running mean of alpha.
+
+class Dro:
+    def __init__(self, config, reference, counts, device):
+        self.config, self.counts = config, counts.to(device).float()  # [classes] examples trained from
+        self.losses = model.accelerate(lambda *rows: reference.loss(*rows)[0], device, config["bf16"], config["compile"])
+        self.log_alpha = torch.full((len(counts),), -math.log(len(counts)), device=device)
+        self.sum_alpha, self.steps = torch.zeros(len(counts), device=device), 0
+
+    def class_weights(self, alpha):
+        """alpha_c / p_c: weights whose mean over the examples is 1. [classes] -> [classes]."""
+        return alpha * self.counts.sum() / self.counts.clamp_min(1)
+
+    def weight(self, labels):
+        return self.class_weights(self.log_alpha.exp())[labels % len(self.counts)]
+
+    @torch.no_grad()
+    def update(self, loss, x0, noise, sigma, labels, ranks):
+        excess = loss - self.losses(x0, noise, sigma, labels)
+        excess, labels = ranks.gather(excess), ranks.gather(labels % len(self.counts))
+        self.log_alpha = data.dro_update(self.log_alpha, excess, labels, self.config["eta"], self.config["smoothing"])
+        self.sum_alpha += self.log_alpha.exp()
+        self.steps += 1
+
+    def state_dict(self):
+        return dict(log_alpha=self.log_alpha, sum_alpha=self.sum_alpha, steps=self.steps)
+
+    def load_state_dict(self, state):
+        self.log_alpha, self.sum_alpha, self.steps = (state[k] for k in ("log_alpha", "sum_alpha", "steps"))
+
+    def write(self, path, names):
+        mean = self.class_weights(self.sum_alpha / max(self.steps, 1))
+        c = self.config
+        write_json(path, dict(format=1, classes=dict(zip(names, mean.tolist())), eta=c["eta"], smoothing=c["smoothing"],
+                              steps=self.steps, reference=str(c["dro"]), data=c["data"], fingerprint=c["data_fingerprint"]))
+
+
+def read_class_weights(path, names):
+    """class_weights.json -> float32 [classes] in the order of `names`; DataError where it is for other classes."""
+    try:
+        weights = json.loads(Path(path).read_text())["classes"]
+        values = [float(weights[name]) for name in names] if set(weights) == set(names) else None
+    except OSError as error:
+        raise data.DataError(f"--class-weights {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise data.DataError(f"--class-weights {path}: not a class-weights file") from None
+    if values is None:
+        raise data.DataError(f"--class-weights {path}: its classes are not those of the data")
+    if not all(math.isfinite(v) and v >= 0 for v in values) or sum(values) == 0:
+        raise data.DataError(f"--class-weights {path}: weights must be finite, not negative, and not all zero")
+    return torch.tensor(values)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Files of a run. Everything is written beside its place and renamed, but for the log, which grows by whole lines.
+
+def write_json(path, value):
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def read_log(path):
+    """The whole records of a log.jsonl; a torn line is left out."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return [r for r in records if isinstance(r, dict) and "step" in r]
+
+
+class Journal:
+    """log.jsonl and the progress line. Lines after `step` (a torn one too) are dropped, for a run that resumes there."""
+
+    def __init__(self, path, step, title, quiet=False):
+        self.path, self.title, self.quiet, self.shown = path, title, quiet, 0.0
+        self.records = read_log(path)
+        self.keep(lambda r: r["step"] <= step)
+
+    def keep(self, wanted):
+        """Drop the records that are not wanted, and with them any torn line."""
+        self.records = [r for r in self.records if wanted(r)]
+        if not self.quiet:
+            Path(f"{self.path}.tmp").write_text("".join(json.dumps(r) + "\n" for r in self.records))
+            os.replace(f"{self.path}.tmp", self.path)
+
+    def write(self, record):
+        self.records.append(record)
+        with open(self.path, "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def show(self, text, last=False):
+        """One line on a terminal, rewritten in place; elsewhere a line every ten seconds."""
+        now, terminal = time.monotonic(), sys.stderr.isatty()
+        if not self.quiet and (last or now - self.shown > (0.5 if terminal else 10)):
+            end = "\n" if last or not terminal else "\r"
+            print(f"{self.title}: {text}".ljust(100 if terminal else 0), end=end, file=sys.stderr, flush=True)
+            self.shown = now
+
+
+class Interrupt:
+    """Notes SIGINT and SIGTERM, so that the loop can save before it ends; `caught` is the signal number or None."""
+
+    def __enter__(self):
+        self.caught = None
+        self.old = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, number, _):
+        self.caught = number
+
+    def __exit__(self, *_):
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The training loop.
+
+def fit(config, dataset, out, guide_path=None, keep=None, class_weights=None, evaluate=None, title="train"):
+    """Train the model that `config` describes into the folder `out`, or go on where its checkpoint stands.
+
+    keep: sorted indices to train on, None = all. class_weights: [classes] or None. evaluate(state) -> records is
+    called every `eval_every` steps and at the end. Returns the run's log records.
+    """
+    device = torch.device(config["device"])
+    ranks, path = Ranks(device), out / "checkpoint.pt"
+    state, dro = State(config, device, ranks), None
+    if config["dro"]:
+        counts = torch.bincount(dataset.labels if keep is None else dataset.labels[keep], minlength=dataset.classes)
+        dro = Dro(config, load_matching(config["dro"], "--dro", config, device), counts, device)
+    if path.exists():
+        saved = model.read(path, device)
+        state.restore(saved, path)
+        if dro:
+            dro.load_state_dict(saved["dro"])
+    progress = state.progress
+    journal = Journal(out / "log.jsonl", progress["step"], title, quiet=ranks.rank > 0)
+    journal.rated = progress["examples_trained"], progress["seconds"]
+    curator = make_curator(config, state, guide_path, device)
+    batch = Draw(config, dataset, config["batch"], device, ranks, keep, class_weights)
+    super_batch = Draw(config, dataset, super_batch_size(config), device, ranks, keep, class_weights)
+    per_example = class_weights.to(device) if class_weights is not None and config["reweight"] == "loss" else None
+    watch, began = Stopwatch(device, progress["select_seconds"]), time.monotonic() - progress["seconds"]
+    saver, finished = Saver(config), lambda: progress["step"] >= config["steps"] or (
+        config["minutes"] and progress["seconds"] >= 60 * config["minutes"])
+
+    def save():
+        if ranks.rank == 0:
+            model.save(path, state.checkpoint() | (dict(dro=dro.state_dict()) if dro else {}))
+
+    with Interrupt() as interrupt:
+        while not finished():
+            step, weight = progress["step"], None
+            log_line = (step + 1) % config["log_every"] == 0
+            if curator and curator.active(step, super_batch):
+                with watch:  # score the super-batch, keep b of its B examples with their sigma and noise
+                    rows, weight = curator.choose(*super_batch[step], step, detail=log_line)
+                progress["examples_seen"] += super_batch.n
+            else:
+                rows = batch[step]
+                progress["examples_seen"] += batch.n
+            x0, noise, sigma, labels, _ = rows
+            if per_example is not None:
+                class_weight = per_example[labels % dataset.classes]
+                weight = class_weight if weight is None else weight * class_weight
+            if dro:
+                weight = dro.weight(labels)
+            loss = state.learn(x0, noise, sigma, labels, weight)
+            if dro:
+                dro.update(loss, x0, noise, sigma, labels, ranks)
+            progress["examples_trained"] += batch.n
+            if log_line:
+                progress.update(select_seconds=watch.seconds())
+                log(state, journal, curator, dro, time.monotonic() - began)
+            progress["seconds"] = ranks.agree(time.monotonic() - began)
+            pause = time.monotonic()
+            if evaluate and config["eval_every"] and (step + 1) % config["eval_every"] == 0 and not finished():
+                run_evaluation(state, journal, evaluate)
+            if interrupt.caught or finished() or saver.due(progress["step"]):
+                save()
+            began += time.monotonic() - pause
+            if interrupt.caught:
+                raise SystemExit(128 + interrupt.caught)
+    if evaluate and len(evaluations(journal.records, progress["step"])) < len(evaluate.weights):
+        run_evaluation(state, journal, evaluate)
+    return journal.records
+
+
+def evaluations(records, step):
+    """The evaluation records of one step."""
+    return [r for r in records if r["kind"] == "eval" and r["step"] == step]
+
+
+def super_batch_size(config):
+    """B = b / (1 - filter ratio), the number of examples scored to train on b."""
+    return round(config["batch"] / (1 - config["filter"]))
+
+
+def load_matching(path, flag, config, device):
+    """A trained denoiser to compare with; DataError, naming the flag, where it is for other data."""
+    other = model.load_denoiser(path, device=device)
+    if other.shape != tuple(config["shape"]) or other.classes != config["net_classes"]:
+        raise data.DataError(f"{flag} {path}: denoises {list(other.shape)} with {other.classes} labels, this run "
+                             f"{config['shape']} with {config['net_classes']} (--size, --flip)")
+    return other
+
+
+def make_curator(config, state, guide_path, device):
+    """The Curator of a run, None for uniform batches. The reference is the guide, a checkpoint or the learner's EMA."""
+    if config["selector"] == "uniform":
+        return None
+    needed = config["score"] in select.NEEDS_REFERENCE or config["interpolate"] or config["until_better"] \
+        or config["once_better"]
+    if not needed:
+        return Curator(config, state, None, device)
+    if config["selector"] == "ajest":
+        return Curator(config, state, load_matching(guide_path, "--guide", config, device), device)
+    if config["reference"]:
+        return Curator(config, state, load_matching(config["reference"], "--reference", config, device), device)
+    average = copy.deepcopy(state.denoiser).eval().requires_grad_(False)  # shares the EMA's tensors: always current
+    for parameter, value in zip(average.parameters(), state.ema.averages[config["ema"][0]]):
+        parameter.data = value
+    return Curator(config, state, average, device)
+
+
+class Saver:
+    """When the next checkpoint is due: `save_every` seconds or steps."""
+
+    def __init__(self, config):
+        self.seconds, self.steps = parse_save_every(config["save_every"])
+        self.last = time.monotonic()
+
+    def due(self, step):
+        due = step % self.steps == 0 if self.steps else time.monotonic() - self.last >= self.seconds
+        if due:
+            self.last = time.monotonic()
+        return due
+
+
+def log(state, journal, curator, dro, seconds):
+    """The log interval's JSON line and progress line; the one place of the loop that waits for the device."""
+    c, p = state.config, state.progress
+    total, steps, skipped, in_a_row = state.tally.tolist()
+    state.tally[:2] = 0
+    rate = (p["examples_trained"] - journal.rated[0]) / max(seconds - journal.rated[1], 1e-9)
+    journal.rated = p["examples_trained"], seconds
+    record = dict(kind="train", step=p["step"], loss=total / max(steps, 1), lr=state.learning_rate(), seconds=seconds,
+                  select_seconds=p["select_seconds"], eval_seconds=p["eval_seconds"], examples_per_second=rate,
+                  examples_trained=p["examples_trained"], examples_seen=p["examples_seen"], skipped=int(skipped))
+    if curator and curator.stats:
+        record |= {key: value.tolist() for key, value in curator.stats.items()}
+        curator.stats = {}
+    if dro:
+        record["class_weights"] = dro.class_weights(dro.log_alpha.exp()).tolist()
+    if state.ranks.rank == 0:
+        journal.write(record)
+    left = (c["steps"] - p["step"]) * seconds / p["step"]
+    left = min(left, 60 * c["minutes"] - seconds) if c["minutes"] else left
+    flops = state.flops_per_example * rate / 1e12
+    journal.show(f"step {p['step']}/{c['steps']}  loss {record['loss']:.4f}  {rate:,.0f} examples/s"
+                 + (f"  {flops:.2f} TFLOP/s" if flops else "")
+                 + f"  selection {100 * p['select_seconds'] / max(seconds, 1e-9):.0f}%"
+                 + f"  {max(left, 0) // 60:.0f}:{max(left, 0) % 60:02.0f} left", last=p["step"] >= c["steps"])
+    if in_a_row >= 100:
+        raise data.DataError("100 steps in a row had a non-finite loss or gradient: lower --lr, or try --no-bf16")
+
+
+def run_evaluation(state, journal, evaluate):
+    """Write the evaluation's records, in place of any that an interrupted one left at this step."""
+    began, p = time.monotonic(), state.progress
+    if state.ranks.rank == 0:
+        records = list(evaluate(state, journal.show))
+        p["eval_seconds"] += time.monotonic() - began
+        same = {k: p[k] for k in ("step", "seconds", "select_seconds", "eval_seconds", "examples_trained", "examples_seen")}
+        journal.keep(lambda r: r not in evaluations(journal.records, p["step"]))
+        for record in records:
+            journal.write({"kind": "eval", **same, **record})
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Evaluation: the same noise for every run and step, unguided and guided; metrics by name and a picture.
+
+class Evaluator:
+    """Called with a State, yields one record unguided and one guided; `dataset` is what the metrics compare with."""
+
+    def __init__(self, config, dataset, out, guide_path, guide_seconds, other_seconds, held_out=None):
+        self.config, self.dataset, self.out, self.guide_path = config, dataset, out, guide_path
+        self.guide_seconds, self.other_seconds, self.held_out = guide_seconds, other_seconds, held_out
+        self.device, self.real = torch.device(config["device"]), None
+        guided = config["guidance"] != 1 and (guide_path is not None or config["guide"] == "self")
+        self.weights = [1.0, config["guidance"]] if guided else [1.0]
+
+    def __call__(self, state, show):
+        c = self.config
+        main = copy.deepcopy(state.denoiser).eval().requires_grad_(False)
+        state.ema.copy_to(main, c["ema"][0])
+        pictures = []
+        for w in self.weights:
+            show(f"evaluating, guidance {w:g}")
+            denoiser = self.fast(main if w == 1 else guide.Autoguided(main, self.load_guide(main), w), main)
+            metrics, picture = (self.tree if c["kind"] == "tree" else self.images)(denoiser, w == 1)
+            pictures.append(picture)
+            needs_guide = w != 1 or c["selector"] == "ajest"
+            seconds = self.other_seconds + (self.guide_seconds if needs_guide else 0)
+            yield dict(guidance=w, reference_seconds=seconds, **metrics)
+        draw = draw_tree if c["kind"] == "tree" else draw_images
+        draw(pictures, self.dataset, self.out / "samples.png")
+
+    def load_guide(self, main):
+        if self.config["guide"] == "self":
+            return guide.Unlabelled(main)
+        return load_matching(self.guide_path, "--guide", self.config, self.device)
+
+    def fast(self, denoiser, main):
+        """The denoiser under autocast and, on CUDA, compiled."""
+        run = model.accelerate(denoiser, self.device, self.config["bf16"], self.config["compile"])
+        run.shape = main.shape
+        return run
+
+    @torch.no_grad()
+    def tree(self, denoiser, unguided):
+        c, n = self.config, self.config["eval_samples"]
+        sampler = dict(steps=c["sampling_steps"], sigma_max=c["sigma_max"])
+        noise = torch.randn(n, 2, generator=data.stream(0, 0, "eval"))
+        if self.real is None:  # where the exact denoiser's ODE takes the first 4,096
+            self.real = fid.exact_endpoints(self.dataset, noise[:4096].to(self.device))
+        points = torch.cat([guide.heun(denoiser, part.to(self.device), **sampler) for part in noise.split(16_384)])
+        metrics = fid.tree_metrics(points, self.dataset, self.real)
+        if unguided:
+            metrics["score_error"] = fid.score_error(denoiser, self.dataset)
+        return metrics, points.cpu()
+
+    @torch.no_grad()
+    def images(self, denoiser, unguided):
+        c, n = self.config, self.config["eval_samples"]
+        labels = torch.arange(n) % c["classes"] if c["classes"] else torch.zeros(n, dtype=torch.long)
+        labels = labels if c["net_classes"] else None
+        batches = guide.generate(denoiser, range(n), labels, min(n, c["batch"]), self.device,
+                                 steps=c["sampling_steps"], sigma_max=c["sigma_max"])
+        x = torch.cat([decode(x, c).cpu() for x in batches])
+        metrics = {}
+        if c["metrics"] != "none":
+            scorer = fid.Scorer(c["metrics"], self.device)
+            self.real = self.real or scorer.summary(self.dataset, label="features of the data")
+            metrics = scorer.score(self.real, x)
+        if unguided and self.held_out is not None:
+            metrics["validation_loss"] = validation_loss(denoiser, self.dataset, self.held_out, c, self.device)
+        return metrics, x[:80]
+
+
+def decode(x, config):
+    """Samples of a denoiser -> uint8 images or latents in their own scale."""
+    return data.pixels(x) if config["kind"] == "image" else data.unscale(x, config["latent_mean"], config["latent_std"])
+
+
+def validation_loss(denoiser, dataset, held_out, config, device, batch=256):
+    """Mean denoising loss on held-out examples, at noise that is the same for every run."""
+    total = 0.0
+    for i, index in enumerate(held_out.split(batch)):
+        x0 = dataset.take(index.to(dataset.x.device)).to(device)
+        generator = data.stream(0, i, "validation")
+        sigma = (config["P_mean"] + config["P_std"] * torch.randn(len(x0), generator=generator)).exp().to(device)
+        noise = torch.randn(x0.shape, generator=generator).to(device)
+        labels = dataset.labels[index.to(dataset.x.device)].to(device) if config["classes"] else None
+        D_x = denoiser(x0 + sigma[:, None, None, None] * noise, sigma, labels)
+        total += model.per_example_loss(D_x, x0, sigma).sum().item()
+    return total / len(held_out)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Pictures: the tree's exact density beside samples; a grid of images, unguided above guided.
+
+def draw_tree(samples, tree, path, size=400, side=3.0):
+    """samples: list of point sets [N, 2]. Panels of `size` pixels that show the square of this side around the origin."""
+    ticks = torch.linspace(-side / 2, side / 2, size)
+    cells = torch.stack(torch.meshgrid(ticks, -ticks, indexing="xy"), dim=-1).reshape(-1, 2)
+    panels = [tree.logp(cells.to(tree.device)).cpu().reshape(size, size)]
+    for points in samples:
+        counts, *_ = np.histogram2d(-points[:, 1].numpy(), points[:, 0].numpy(), bins=size, range=[[-side / 2, side / 2]] * 2)
+        panels.append(torch.from_numpy(counts * size ** 2 / (side ** 2 * len(points))).clamp_min(1e-9).log())
+    titles = ["exact density", "unguided samples", "guided samples"]
+    image = Image.new("RGB", (len(panels) * (size + 8) - 8, size + 24), "white")
+    for i, (panel, title) in enumerate(zip(panels, titles)):
+        shade = 255 - (((panel + 4) / 7).clamp(0, 1) * 255).to(torch.uint8)  # log-density -4 white, 3 black
+        image.paste(Image.fromarray(shade.numpy()), (i * (size + 8), 24))
+        ImageDraw.Draw(image).text((i * (size + 8) + 4, 2), title, fill="black", font=ImageFont.load_default(16))
+    save_image(image, path)
+
+
+def draw_images(samples, dataset, path):
+    """samples: list of uint8 [<= 80, 3, H, W] image sets (latents: their first three channels, scaled)."""
+    classes = max(dataset.classes, 1)
+    columns = min(classes, 10)
+    rows = []
+    for images in samples:
+        if images.dtype != torch.uint8:
+            images = images.float()[:, :3]
+            images = ((images / images.std().clamp_min(1e-6)) * 50 + 128).clamp(0, 255).to(torch.uint8)
+        images = images.expand(-1, 3, -1, -1)
+        rows.append(data.image_grid(images, columns if columns > 1 else 10))
+    width, gap = rows[0].width, 8
+    image = Image.new("RGB", (width, sum(r.height + gap for r in rows) - gap), "white")
+    for i, row in enumerate(rows):
+        image.paste(row, (0, i * (row.height + gap)))
+    save_image(image, path)
+
+
+def save_image(image, path):
+    image.save(f"{path}.tmp", format="PNG")
+    os.replace(f"{path}.tmp", path)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The stages of a run, each in a folder of its own with its own checkpoint, so that each resumes or is skipped.
+
+RESUMABLE = {"steps", "minutes", "device", "bf16", "compile", "log_every", "save_every", "eval_every", "eval_samples",
+             "metrics", "sampling_steps", "guidance", "micro_batch"}  # may change when a run goes on
+
+
+def begin(out, config):
+    """Create the run folder and write config.json; DataError where it holds a run with other settings."""
+    path = out / "config.json"
+    if (out / "checkpoint.pt").exists() and path.exists():
+        old = json.loads(path.read_text())
+        for key in sorted(config.keys() - RESUMABLE):
+            if old.get(key) != config[key]:
+                raise data.DataError(f"{out} holds a run with --{key.replace('_', '-')} {old.get(key)}, not {config[key]}: "
+                                     "give another --out, or delete it")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(path, config)
+
+
+def helper_model(config, dataset, out, keep, title, **changes):
+    """Train the guide, reference or proxy of a run in the folder `out`, or find it there; -> (checkpoint path, seconds)."""
+    plain = dict(selector="uniform", early_steps=0, until_better=False, once_better=False, interpolate=0, debias=False,
+                 guide="none", reference=None, dro=None, class_weights=None, minutes=0, metrics="none", eval_samples=0,
+                 channels=config["guide_channels"], batch=config["guide_batch"], steps=config["guide_steps"],
+                 micro_batch=0, seed=config["seed"] + 1_000_003)
+    config = {**config, **plain, **changes}
+    begin(out, config)
+    records = fit(config, dataset, out, keep=keep, title=title)
+    return out / "checkpoint.pt", model.read(out / "checkpoint.pt")["progress"]["seconds"]
+
+
+def coreset(config, dataset, out):
+    """The sorted indices to train on (None = all) and the seconds that choosing them took."""
+    n, began = len(dataset), time.monotonic()
+    keep = data.long_tail(dataset.labels.cpu(), config["imbalance"], config["seed"]) if config["imbalance"] else None
+    if config["keep"] is None:
+        return keep, 0.0
+    try:
+        fraction = float(config["keep"])
+    except ValueError:
+        chosen = data.load_keep(config["keep"], n)
+        return (chosen if keep is None else chosen[torch.isin(chosen, keep)]), 0.0
+    if not 0 < fraction <= 1:
+        raise data.DataError(f"--keep {config['keep']}: a fraction must lie in (0, 1]")
+    if (out / "keep.npy").exists():
+        return data.load_keep(out / "keep.npy", n), json.loads((out / "keep.json").read_text())["seconds"]
+    features, labels = features_of(dataset, config), dataset.labels
+    if keep is not None:
+        features, labels = features[keep], labels.cpu()[keep]
+    kept = data.prune(features, labels, fraction, config["prune"], seed=config["seed"])
+    keep = kept if keep is None else keep[kept]
+    data.save_keep(out / "keep.npy", keep)
+    write_json(out / "keep.json", dict(seconds=time.monotonic() - began, kept=len(keep), of=n, score=config["prune"]))
+    return keep, time.monotonic() - began
+
+
+def features_of(dataset, config):
+    """Features [N, d] for pruning: pixels, a feature network's (computed once per file), or those in a file."""
+    name = config["features"]
+    if config["prune"] == "random" or name == "pixels":
+        return data.pixel_features(dataset)
+    if name == "inception" or name.startswith("own:"):
+        return fid.cached_features(fid.Scorer(name, config["device"]), dataset)
+    return data.load_features(name, len(dataset))
+
+
+def choose_metrics(config, dataset, out, say):
+    """The features that images are scored with: as asked for, or "auto": a classifier fitted once to labelled data."""
+    if config["kind"] == "tree" or not config["eval_samples"]:
+        return "none"
+    if config["metrics"] != "auto":
+        return config["metrics"]
+    if config["kind"] == "latent" or not dataset.classes:
+        return "pixels"
+    path = out.parent / f"features-{dataset.fingerprint[:12]}.pt"
+    if not path.exists():
+        say(f"fitting the classifier whose features score the samples: {path}")
+        fid.fit(path, dataset, device=config["device"])
+    return f"own:{path}"
+
+
+def prepare_guide(config, dataset, out, keep):
+    """-> (checkpoint path or None, training seconds) of the guide: given, or trained first."""
+    if config["guide"] in ("none", "self") or config["dro"] not in (None, "auto"):
+        return None, 0.0
+    if config["guide"] == "auto":
+        return helper_model(config, dataset, out / "guide", keep, "guide")
+    path = Path(config["guide"])
+    path = path / "checkpoint.pt" if path.is_dir() else path
+    load_matching(path, "--guide", config, "cpu")
+    return path, model.read(path).get("progress", {}).get("seconds", 0.0)
+
+
+def prepare_weights(config, dataset, out, keep, guide_path):
+    """-> (class weights or None, seconds): from a file, or by a DRO proxy trained against the reference."""
+    if config["dro"] == "auto":
+        steps = config["dro_steps"] or config["guide_steps"]
+        proxy, seconds = helper_model(config, dataset, out / "proxy", keep, "proxy", dro=str(guide_path), steps=steps)
+        return read_class_weights(proxy.parent / "class_weights.json", config["class_names"]), seconds
+    if config["class_weights"]:
+        return read_class_weights(config["class_weights"], config["class_names"]), 0.0
+    return None, 0.0
+
+
+def run(args):
+    """All stages: coreset, guide, class weights, the model itself, its evaluation. Returns the run folder."""
+    dataset = (data.load(args.data, args.size) if args.data else data.Tree("A")).to(args.device)
+    config = resolve(args, dataset)
+    stem = Path(args.data).name.split(".")[0] if args.data else "tree"
+    out = Path(args.out or f"runs/{stem}-{args.selector}")
+    if args.dry_run:
+        return dry_run(config, dataset, out)
+    quiet = int(os.environ.get("RANK", 0)) > 0
+    say = (lambda text: None) if quiet else (lambda text: print(text, file=sys.stderr, flush=True))
+    begin(out, config)
+    say("\n".join(dataset.report))
+    keep, prune_seconds = coreset(config, dataset, out) if config["kind"] != "tree" else (None, 0.0)
+    keep, held_out = hold_out(config, dataset, keep)
+    config["metrics"] = choose_metrics(config, dataset, out, say)
+    config["features_id"] = fid.features_id(config["metrics"]) if config["kind"] != "tree" else "tree"
+    write_json(out / "config.json", config)
+
+    # Under --dro auto one small model, trained on all data, is the reference of the class weights and the guide.
+    on_all = config["dro"] == "auto" and config["guide"] == "auto"
+    guide_path, guide_seconds = prepare_guide(config, dataset, out, None if on_all else keep)
+    weights, dro_seconds = prepare_weights(config, dataset, out, keep, guide_path)
+    stages = dict(prune=prune_seconds, guide=guide_seconds, class_weights=dro_seconds)
+    write_json(out / "stages.json", stages)
+
+    proxy = config["dro"] not in (None, "auto")
+    other = prune_seconds + dro_seconds + (guide_seconds if on_all else 0)
+    evaluate = None
+    if config["eval_samples"] and not proxy:
+        evaluate = Evaluator(config, dataset, out, guide_path, 0 if on_all else guide_seconds, other, held_out)
+    records = fit({**config, "dro": config["dro"] if proxy else None}, dataset, out, guide_path, keep, weights, evaluate)
+    report(records, out, quiet)
+    return out
+
+
+def hold_out(config, dataset, keep):
+    """-> (indices to train on or None = all, held-out indices or None), drawn by the seed alone."""
+    n = config["holdout"]
+    if not n:
+        return keep, None
+    if not 0 < n < len(dataset):
+        raise data.DataError(f"--holdout {n}: the data has {len(dataset)} examples")
+    held_out = torch.randperm(len(dataset), generator=data.stream(0, 0, "holdout"))[:n].sort().values
+    keep = torch.arange(len(dataset)) if keep is None else keep
+    return keep[~torch.isin(keep, held_out)], held_out
+
+
+def report(records, out, quiet):
+    """Print the last evaluation, one line each for unguided and guided samples."""
+    last = [r for r in records if r["kind"] == "eval" and r["step"] == records[-1]["step"]]
+    for r in [] if quiet else last:
+        skip = {"kind", "step", "seconds", "select_seconds", "eval_seconds", "reference_seconds", "examples_trained",
+                "examples_seen", "guidance"}
+        words = "  ".join(f"{name} {value:.4f}" for name, value in r.items() if name not in skip)
+        print(f"step {r['step']}, {'unguided' if r['guidance'] == 1 else 'guidance %g' % r['guidance']}:  {words}")
+    if not quiet:
+        print(f"wrote {out}/: config.json, log.jsonl, checkpoint.pt" + (", samples.png" if last else ""))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# --dry-run: what was found, what would be done, and what it needs.
+
+def dry_run(config, dataset, out):
+    """Print data, stages and sizes; write nothing."""
+    b, B = config["batch"], super_batch_size(config)
+    denoiser = model.build(model_config(config))
+    count = sum(p.numel() for p in denoiser.parameters())
+    print("\n".join(dataset.report))
+    print(f"run     {out}: {config['steps']:,} steps of {b} examples" +
+          (f", chosen from {B} by {config['selector']}" if config["selector"] != "uniform" else ""))
+    print(f"model   {count / 1e6:.2f} M parameters, {forward_flops(config) / 1e9:.3g} GFLOP a forward pass and example")
+    kept = activation_bytes(denoiser, config)
+    sizes = {"data": 0 if config["kind"] == "tree" else dataset.x.nbytes, "model and gradients": 8 * count,
+             "optimizer": 8 * count, "EMA": 4 * count * len(config["ema"]),
+             "activations": kept * (config["micro_batch"] or b)}
+    words = ", ".join(f"{name} {size / 2 ** 20:,.0f}" for name, size in sizes.items())
+    print(f"memory  about {sum(sizes.values()) / 2 ** 20:,.0f} MiB: {words} (before the compiler's savings)")
+
+
+def activation_bytes(denoiser, config):
+    """Bytes that one example's forward pass keeps for the backward pass, without compilation."""
+    kept, own = {}, {p.data_ptr() for p in denoiser.parameters()}
+
+    def note(tensor):
+        if tensor.data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    x = torch.randn(2, *config["shape"])
+    labels = torch.zeros(2, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        run = model.accelerate(denoiser.loss, "cpu", config["bf16"])
+        loss, _ = run(x, torch.randn_like(x), torch.ones(2), labels)
+    return sum(kept.values()) / len(loss)
+
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
+    try:
+        try:
+            torch.empty(0, device=args.device)
+        except (RuntimeError, AssertionError) as error:
+            raise data.DataError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+        run(args)
+    except (data.DataError, model.CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,8 +1,8 @@
 """
-Data: the 2-D tree, image folders and archives, CIFAR-10, latents; batches that are a function of (seed, step);
-coreset pruning and class weights by distributionally robust optimization.
+Data: the 2-D tree, image folders and archives, CIFAR-10, latents; batches that are a function of
+(seed, step); coreset pruning, and class weights by distributionally robust optimization.
 
-Pruning then reweighting: https://arxiv.org/abs/2409.19128. The tree: https://arxiv.org/abs/2406.02507, section 4.
+Pruning then reweighting: https://arxiv.org/abs/2409.19128. The tree: https://arxiv.org/abs/2406.02507.
 
     python data.py DATA --keep 0.1 --prune gaussian --out keep.npy --show coreset.png
 """
@@ -33,18 +33,28 @@ import torch
 from PIL import Image, ImageDraw
 
 CACHE_VERSION = 1                               # raise it when what is cached changes
-MAX_FILE, MAX_PIXELS, MAX_CLASSES = 2 ** 28, 2 ** 26, 100_000      # bytes of one file, pixels of one image
+MAX_FILE, MAX_PIXELS, MAX_CLASSES = 2 ** 28, 2 ** 26, 100_000       # bytes of a file, pixels of an image
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 CIFAR_BATCHES = [f"data_batch_{i}{suffix}" for suffix in ("", ".bin") for i in range(1, 6)]
 CIFAR_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck"
 NUMPY_MULTIARRAY = ("numpy.core.multiarray", "numpy._core.multiarray")
 
-# ---------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What every loader raises for bad input: one line that names the file or flag, says why and what to do.
 class DataError(ValueError):
-    pass
+    def __init__(self, message):
+        super().__init__("".join(c if c.isprintable() else " " for c in str(message)))
 
-# ---------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# The one line of long work: rewritten in place on a terminal, elsewhere a line every ten seconds and the last.
+def progress(text, last=False, shown=[-math.inf]):
+    """Show `text` on stderr, at most twice a second; `last` ends the line."""
+    now, terminal = time.monotonic(), sys.stderr.isatty()
+    if last or now - shown[0] > (0.5 if terminal else 10):
+        shown[0] = now
+        print(text.ljust(100) if terminal else text, end="\r" if terminal and not last else "\n", file=sys.stderr, flush=True)
+
+# ------------------------------------------------------------------------------------------------------------
 # A random generator for one purpose at one step. Everything random is a function of (seed, step, name), so
 # that resuming replays nothing and two runs with one seed see the same data and noise.
 def stream(seed, step, name, device="cpu"):
@@ -52,7 +62,7 @@ def stream(seed, step, name, device="cpu"):
     digest = hashlib.blake2b(f"{seed}/{step}/{name}".encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little"))
 
-# ---------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The 2-D toy density of the autoguidance paper: a tree of branches, eight Gaussians along each, drawn by a
 # recursion on one random stream. Being a Gaussian mixture, it has an exact density, score and denoiser at
 # every noise level, so that what a model learns can be compared with what it should have learned.
@@ -73,8 +83,8 @@ class Tree:
         self.parameters = dict(                                 # float64; K components
             cumulative=np.cumsum(weight), log_weight=np.log(weight),
             mean=mean, root=axes * np.sqrt(lam)[:, None, :],    # [K, 2], [K, 2, 2]
-            axes=axes.transpose(2, 1, 0).copy(), lam=lam.T.copy(),          # [axis, dim, K], [axis, K]
-            center=np.einsum("kda,kd->ak", axes, mean))         # [axis, K] mean in the component's own axes
+            axes=axes.transpose(1, 2, 0).reshape(2, -1), lam=lam.T.ravel(),             # [dim, 2 K], [2 K]
+            center=np.einsum("kda,kd->ak", axes, mean).ravel()) # [2 K] the mean in the component's own axes
         self.fingerprint = hashlib.sha256(np.concatenate([mean.ravel(), cov.ravel()]).tobytes()).hexdigest()
         self.report = [f"2-D tree, class {classes}: {len(weight):,} Gaussians, fresh points every step"]
         self.to(device)
@@ -96,7 +106,7 @@ class Tree:
         index = torch.searchsorted(self._p("cumulative", torch.float32), u[:, 0].contiguous(), right=True)
         index = index.clamp(max=len(self.parameters["mean"]) - 1)                       # rounding at u = 1
         radius, angle = (-2 * torch.log1p(-u[:, 1])).sqrt(), 2 * math.pi * u[:, 2]
-        z = radius[:, None] * torch.stack([angle.cos(), angle.sin()], dim=1)            # [n, 2] standard normal
+        z = radius[:, None] * torch.stack([angle.cos(), angle.sin()], dim=1)            # [n, 2] normal
         root, mean = self._p("root", torch.float32)[index], self._p("mean", torch.float32)[index]
         x = mean + (root * z[:, None, :]).sum(2)                                        # [n, 2]
         if not isinstance(sigma, (int, float)) or sigma != 0:
@@ -110,29 +120,36 @@ class Tree:
 
     def _evaluate(self, x, sigma, want_score):
         """log p and, if wanted, its gradient, in x's dtype. In each component's own axes the covariance plus
-        sigma^2 I is diagonal: quad = sum over axes of e^2 / (lam + sigma^2), e = axis . (x - mean)."""
+        sigma^2 I is diagonal, so that u = (axis . (x - mean)) / sqrt(lam + sigma^2) is standard normal."""
+        names = "axes", "center", "lam", "log_weight"
+        axes, center, lam, log_weight = [self._p(name, x.dtype) for name in names]
         sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).reshape(-1, 1)   # [1 or n, 1]
-        axes, center, lam = [self._p(name, x.dtype) for name in ("axes", "center", "lam")]
-        rows = 512 if x.device.type == "cpu" else 32768         # chunks: a cache's worth, or a GPU's
-        logps, scores = [], []
+        rate, single = torch.rsqrt(lam + sigma[:1] ** 2), len(sigma) == 1               # [1, 2 K]
+        if single:                                              # whiten the axes once instead of every point
+            axes, center = axes * rate, center * rate[0]
+        rows, logps, scores = 1024 if x.device.type == "cpu" else 32768, [], []         # memory bounded
         for start in range(0, len(x), rows):
-            part = x[start:start + rows]
-            variance = sigma[start:start + rows] if len(sigma) > 1 else sigma
-            var = [lam[a] + variance ** 2 for a in (0, 1)]                              # 2 x [1 or n, K]
-            e = [torch.addmm(-center[a], part, axes[a]) for a in (0, 1)]                # 2 x [n, K]
-            g = [e[a] / var[a] for a in (0, 1)]
-            logits = torch.log(var[0] * var[1]) + e[0] * g[0] + e[1] * g[1]
-            logits = self._p("log_weight", x.dtype) - 0.5 * logits                      # [n, K]
-            logps.append(torch.logsumexp(logits, 1) - math.log(2 * math.pi))
-            if want_score:
-                share = torch.softmax(logits, 1)                                        # [n, K] posterior
-                scores.append(-((share * g[0]) @ axes[0].T + (share * g[1]) @ axes[1].T))
-        return torch.cat(logps), torch.cat(scores) if want_score else None
+            u = torch.addmm(center, x[start:start + rows], axes, beta=-1)               # [n, 2 K]
+            if not single:
+                rate = torch.rsqrt(lam + sigma[start:start + rows] ** 2)                # [n, 2 K]
+                u = u * rate
+            (u1, u2), (rate1, rate2) = u.chunk(2, 1), rate.chunk(2, 1)
+            quad = torch.addcmul(u1 * u1, u2, u2)
+            logits = torch.sub(log_weight + torch.log(rate1 * rate2), quad, alpha=0.5)  # [n, K]
+            most = logits.detach().amax(1, keepdim=True)
+            share = (logits - most).clamp(min=-80).exp()        # [n, K]; exp is slow where it underflows
+            total = share.sum(1, keepdim=True)
+            logps.append(most + total.log() - math.log(2 * math.pi))
+            if want_score:                                      # mean over the posterior share / total
+                u.unflatten(1, (2, -1)).mul_(share[:, None])
+                scores.append(-(u if single else u * rate) @ axes.T / total)
+        return torch.cat(logps)[:, 0], torch.cat(scores) if want_score else None
 
     def logp(self, x, sigma=0):
         """Log-density [n] at x [n, 2] of the tree convolved with N(0, sigma^2 I); sigma a float or [n]."""
         return self._evaluate(x, sigma, want_score=False)[0]
 
+    @torch.no_grad()
     def score(self, x, sigma=0):
         """Gradient of `logp` with respect to x: [n, 2]."""
         return self._evaluate(x, sigma, want_score=True)[1]
@@ -142,7 +159,7 @@ class Tree:
         sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
         return x + sigma.reshape(-1, 1) ** 2 * self.score(x, sigma)
 
-# ---------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # One branch of the tree and all that grows from it: eight Gaussians along a line, then two child branches,
 # each to its end. The order of the random draws is part of the definition.
 def _grow(random, position, angle, depth=0):
@@ -159,38 +176,18 @@ def _grow(random, position, angle, depth=0):
             branches += _grow(random, position + u * length, child, depth + 1)
     return branches
 
-# ---------------------------------------------------------------------------------------------------------
-# Pixels to the network's range and back; latents to standard deviation 0.5 (= sigma_data) and back.
-def scale_pixels(x):
-    """uint8 [n, C, H, W] -> float32 in [-1, 1]."""
-    return x.to(torch.float32) / 127.5 - 1
-
-def pixels(x):
-    """float [n, C, H, W] in [-1, 1] -> uint8, rounded and clipped; the inverse of `scale_pixels`."""
-    return (x.to(torch.float32) * 127.5 + 127.5).round().clip(0, 255).to(torch.uint8)
-
-def standardize(x, mean, std):
-    """Latents [n, C, H, W] with per-channel mean and std [C] -> float32 with standard deviation 0.5."""
-    mean, std = [torch.as_tensor(s, dtype=torch.float32, device=x.device).reshape(-1, 1, 1) for s in (mean, std)]
-    return (x.to(torch.float32) - mean) / std * 0.5
-
-def unscale(x, mean, std):
-    """The inverse of `standardize`."""
-    mean, std = [torch.as_tensor(s, dtype=torch.float32, device=x.device).reshape(-1, 1, 1) for s in (mean, std)]
-    return x.to(torch.float32) * 2 * std + mean
-
-# ---------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # A set of images or latents: one array, on the training device where it fits. A batch of it is an index.
 @dataclass
 class Dataset:
-    x: torch.Tensor                     # uint8 images or float latents [N, C, H, W]
-    labels: torch.Tensor = None         # int64 [N]; None = unlabelled
+    x: torch.Tensor                             # uint8 images or float latents [N, C, H, W]
+    labels: torch.Tensor = None                 # int64 [N]; None = unlabelled
     class_names: list = field(default_factory=list)
-    kind: str = "image"                 # "image" | "latent"
-    mean: list = None                   # per-channel mean and standard deviation of latents [C]
-    std: list = None
-    fingerprint: str = ""               # hash of the content: equal for equal data, wherever it came from
-    report: list = field(default_factory=list)      # what was found, lines of text
+    kind: str = "image"                         # "image" | "latent"
+    mean: torch.Tensor = None                   # of latents, per channel [C]; None for images
+    std: torch.Tensor = None
+    fingerprint: str = ""                       # hash of the content, equal for equal data wherever it lies
+    report: list = field(default_factory=list)  # what was found, lines of text
 
     def __len__(self):
         return len(self.x)
@@ -203,21 +200,45 @@ class Dataset:
     def classes(self):
         return len(self.class_names)
 
+    def scale(self, x):
+        """Raw examples [n, C, H, W] -> float32: pixels in [-1, 1], latents with standard deviation 0.5."""
+        if self.kind == "image":
+            return x.to(torch.float32) / 127.5 - 1
+        mean, std = [s.to(x.device).reshape(-1, 1, 1) for s in (self.mean, self.std)]
+        return (x.to(torch.float32) - mean) / std * 0.5
+
     def take(self, indices):
-        """Examples as the network sees them: float32 [n, C, H, W], standard deviation about 0.5."""
-        x = self.x[indices]
-        return scale_pixels(x) if self.kind == "image" else standardize(x, self.mean, self.std)
+        """The examples at `indices` as the network sees them: float32 [n, C, H, W]."""
+        return self.scale(self.x[indices])
 
     def to(self, device):
-        """Moves the array to `device` if it takes less than half of a GPU's free memory; returns self."""
+        """Moves the array to `device` (a GPU: if it takes less than half of what is free); returns self."""
         device = torch.device(device)
-        fits = device.type != "cuda" or self.x.nbytes < torch.cuda.mem_get_info(device)[0] / 2
-        if device.type != "cpu" and fits:
+        if self.kind == "latent":
+            self.mean, self.std = self.mean.to(device), self.std.to(device)
+        if device.type != "cuda" or self.x.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
             self.x = self.x.to(device)
             self.labels = None if self.labels is None else self.labels.to(device)
         return self
 
-# ---------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# The way back from the network: `Dataset.scale` inverted.
+def pixels(x):
+    """float [n, C, H, W] in [-1, 1] -> uint8, rounded and clipped."""
+    return (x.to(torch.float32) * 127.5 + 127.5).round().clip(0, 255).to(torch.uint8)
+
+def unscale(x, mean, std):
+    """Latents of standard deviation 0.5 [n, C, H, W] -> float32 in their own scale; mean and std [C]."""
+    mean, std = [torch.as_tensor(s, device=x.device).to(torch.float32).reshape(-1, 1, 1) for s in (mean, std)]
+    return x.to(torch.float32) * 2 * std + mean
+
+def decode(x, config):
+    """What a denoiser samples -> uint8 images, latents in their own scale, or points. config: the denoiser's."""
+    if config["kind"] == "latent":
+        return unscale(x, config["latent_mean"], config["latent_std"])
+    return pixels(x) if config["kind"] == "image" else x
+
+# ------------------------------------------------------------------------------------------------------------
 # Batches by number: batches[step] depends on (seed, step) alone. Examples are drawn uniformly with
 # replacement from the kept ones or, with class weights, each class in proportion to weight x frequency.
 # Flips are labelled (they do not leak into samples): a mirrored image of class c has label c + classes.
@@ -242,8 +263,8 @@ class Batches:
         self.keep = None if keep is None or self.tree else torch.as_tensor(keep).to(self.home)
         self.mass = None
         if class_weights is not None and not self.tree:
-            self._group(torch.as_tensor(class_weights, dtype=torch.float64))
-        self.ahead, self.worker = (None, None), None             # (step, future) of the batch being prefetched
+            self._group(torch.as_tensor(class_weights, dtype=torch.float64, device="cpu"))
+        self.ahead, self.worker = (None, None), None            # (step, future) of the batch being prefetched
 
     def _group(self, weights):
         """Sorts the kept examples by class: a weighted draw is a class, then a uniform example of it."""
@@ -297,16 +318,15 @@ class Batches:
         if self.tree:
             return self.dataset.draw(self.n, stream(self.seed, step, "data", self.device))
         x, labels, index = self._raw(step)
-        data = self.dataset
-        x0 = scale_pixels(x) if data.kind == "image" else standardize(x, data.mean, data.std)
+        x0 = self.dataset.scale(x)
         if self.flip:
             generator = stream(self.seed, step, "flip", self.device)
             mirrored = torch.randint(2, (self.n,), generator=generator, device=self.device)     # [n] 0 or 1
             x0 = torch.where(mirrored[:, None, None, None] == 1, x0.flip(3), x0)
-            labels = mirrored if labels is None else labels + mirrored * data.classes
+            labels = mirrored if labels is None else labels + mirrored * self.dataset.classes
         return x0, labels, index
 
-# ---------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Loading. Whatever the source, it becomes one array in the cache folder ($DATA_CACHE, else
 # ~/.cache/data-curation), which later runs map into memory; the array's hash is checked every time.
 def load(path, size=None, progress=True, cache=None):
@@ -327,20 +347,20 @@ def load(path, size=None, progress=True, cache=None):
     cache = Path(cache or os.environ.get("DATA_CACHE") or Path.home() / ".cache" / "data-curation")
     try:
         files = _listing(path) if path.is_dir() else [("", path.stat())]
-        stamp = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]
-        key = hashlib.sha256(repr((CACHE_VERSION, str(path.resolve()), size, stamp)).encode()).hexdigest()[:32]
-        found = _read_cache(cache / key)
-        if found is None:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")                 # Pillow's remarks on odd but readable files
-                found = _build(_open(path, files, size), cache, key, path if progress else None)
+        stamp = [(name, info.st_size, info.st_mtime_ns) for name, info in files]
+        key = hashlib.sha256(repr((CACHE_VERSION, str(path.resolve()), size, stamp)).encode()).hexdigest()
+        found = _read_cache(cache / key[:32])
+        if found:
+            return found
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                     # Pillow's remarks on odd but readable files
+            return _build(_open(path, files, size), cache, cache / key[:32], path if progress else None)
     except DataError:
         raise
-    except Exception as error:                                  # what a damaged file may raise is unbounded
+    except Exception as error:                                  # a damaged file may raise anything
         raise DataError(f"{path}: cannot be read ({_reason(error)})") from error
-    return found
 
-# ---------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What a reader gives: its blocks [n, ...] in order are the examples. `report` may grow while they are read.
 @dataclass
 class Source:
@@ -359,25 +379,27 @@ def _open(path, files, size):
         batches = [names[name] for name in CIFAR_BATCHES if name in names]
         if batches:
             return _cifar(path, [(f"{path}/{name}", (path / name).read_bytes) for name in batches], size)
-        members = [(name, (path / name).read_bytes, stat.st_size) for name, stat in files]
+        members = [(name, (path / name).read_bytes, info.st_size) for name, info in files]
         return _images(path, members, size)
-    if path.name.endswith((".tar.gz", ".tgz", ".tar")):
+    if path.name.lower().endswith((".tar.gz", ".tgz", ".tar")):
         return _cifar(path, _tar_members(path), size)
-    if path.suffix == ".zip":
+    if path.suffix.lower() == ".zip":
         return _images(path, _zip_members(path), size)
-    if path.suffix == ".npz":
+    if path.suffix.lower() == ".npz":
         return _npz(path, size)
     raise DataError(f"{path}: not a data set of a known kind (a folder or .zip of images, CIFAR-10 as "
                     ".tar.gz or unpacked, .npz with images or latents)")
 
 def _reason(error):
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    """An exception as part of one line."""
+    kind = "" if isinstance(error, DataError) else f"{type(error).__name__}: "
+    return " ".join(f"{kind}{error}".split())[:200]
 
-# ---------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Files in a folder and in a zip: (name, read function, size). An archive is read in place, never unpacked;
 # one with a link or with a path that leads out of it was not made for this and is refused.
 def _listing(path):
-    """[(relative name with slashes, stat)] of all files below a folder, sorted; follows links, but no loop."""
+    """[(relative name with slashes, stat)] of all files below a folder, sorted; follows links once."""
     files, seen = [], set()
     for folder, folders, names in os.walk(path, followlinks=True):
         real = os.path.realpath(folder)
@@ -418,7 +440,7 @@ def _tar_members(path):
                         "unpack others first")
     return [found[name] for name in CIFAR_BATCHES if name in found]
 
-# ---------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Images in folders. A single folder on top is entered; of train, val, test the train one is; the next level
 # is the class, and the images may lie any depth below it. Images without a folder are unlabelled.
 def _layout(path, names):
@@ -453,13 +475,13 @@ def _images(path, members, size):
     order = sorted(classes, key=lambda name: (classes[name] or "", name))
     number = {name: c for c, name in enumerate(class_names)}
     labels = np.array([number[classes[name]] for name in order]) if class_names else None
-    report = [f"skipped {count:,} files that are not images: {suffix}" for suffix, count in sorted(skipped.items())]
+    report = [f"skipped {n:,} files that are not images: {suffix}" for suffix, n in sorted(skipped.items())]
     report += [f"skipped {elsewhere:,} images in val or test"] if elsewhere else []
     blocks = _decode(path, [(name, *images[name]) for name in order], size, report)
     return Source(len(order), blocks, labels=labels, class_names=class_names, report=report)
 
 def _decode(path, members, size, report):
-    """Yields uint8 blocks [n, 3, H, W], decoded by several threads (Pillow works outside of Python's lock)."""
+    """Yields uint8 blocks [n, 3, H, W], decoded by threads (Pillow lets go of Python's lock)."""
     sizes, gray, first = collections.Counter(), 0, None
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for start in range(0, len(members), 512):
@@ -470,8 +492,9 @@ def _decode(path, members, size, report):
                 gray += was_gray
                 first = first or (name, pixel.shape)
                 if pixel.shape != first[1]:
-                    raise DataError(f"{path}: images differ in size ({first[0]} {first[1][2]}x{first[1][1]}, "
-                                    f"{name} {pixel.shape[2]}x{pixel.shape[1]}); give --size to crop and resize")
+                    (_, h, w), (_, h2, w2) = first[1], pixel.shape
+                    raise DataError(f"{path}: images differ in size ({first[0]} {w}x{h}, {name} {w2}x{h2}); "
+                                    "give --size to crop and resize them")
             yield np.stack([pixel for pixel, _, _ in block])
     most = ", ".join(f"{w}x{h} ({count:,})" for (w, h), count in sizes.most_common(5))
     report.append(f"{len(sizes)} sizes seen (width x height): {most}" + (", ..." if len(sizes) > 5 else ""))
@@ -500,7 +523,7 @@ def _resize(image, size):
     if size is not None and image.size != (size, size):
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
-        image = image.resize((size, size), Image.LANCZOS, box=(left, top, left + side, top + side))
+        image = image.crop((left, top, left + side, top + side)).resize((size, size), Image.LANCZOS)
     return np.asarray(image).transpose(2, 0, 1)
 
 def _resize_block(block, size):
@@ -509,7 +532,7 @@ def _resize_block(block, size):
         return block
     return np.stack([_resize(Image.fromarray(x), size) for x in block.transpose(0, 2, 3, 1)])
 
-# ---------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # CIFAR-10's training batches. The python version is a pickle, and a pickle can run code: the unpickler below
 # knows three names, all of which only record what they are given.
 class _Recorded:
@@ -526,7 +549,7 @@ class _Unpickler(pickle.Unpickler):
                  ("_codecs", "encode"): lambda text, coding: text.encode("latin1")}
         module = module.rpartition(".")[2] if module in NUMPY_MULTIARRAY else module
         if (module, name) not in known:
-            raise DataError(f"it wants to run {module}.{name}")
+            raise DataError(f"refused, it wants to run {module}.{name}")
         return known[module, name]
 
 def _cifar_python(data):
@@ -562,84 +585,78 @@ def _cifar(path, members, size):
         images.append(block)
         labels += label
     blocks = (_resize_block(block, size) for block in images)
-    report = [f"CIFAR-10, {len(members)} of 5 training batches"]
-    return Source(len(labels), blocks, labels=np.array(labels), class_names=CIFAR_CLASSES.split(), report=report)
+    return Source(len(labels), blocks, labels=np.array(labels), class_names=CIFAR_CLASSES.split(),
+                  report=[f"CIFAR-10, {len(members)} of 5 training batches"])
 
-# ---------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # .npz files: the header of every array is held against the length of its data before anything is read.
+def _npy_header(file, length, where):
+    """Shape, Fortran order and dtype of an open .npy file of `length` bytes."""
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    shape, fortran, dtype = read[np.lib.format.read_magic(file)](file)
+    if dtype.hasobject or dtype.itemsize == 0 or dtype.kind not in "biuf":
+        raise DataError(f"{where}: refused, it holds Python objects or text, not numbers")
+    if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != length - file.tell():
+        raise DataError(f"{where}: says {dtype} {list(shape)} but has {length - file.tell():,} bytes")
+    return shape, fortran, dtype
+
+def _npz_array(path, name, block_bytes=2 ** 26):
+    """Array `name` of an .npz: (shape, dtype, iterator of blocks of rows)."""
+    archive = zipfile.ZipFile(path)
+    info = archive.getinfo(f"{name}.npy")
+    file = archive.open(info)
+    shape, fortran, dtype = _npy_header(file, info.file_size, f"{path}: `{name}`")
+    def blocks():
+        n, row = (shape or (1,))[0], math.prod(shape[1:]) * dtype.itemsize
+        rows = n if fortran else max(1, block_bytes // max(row, 1))
+        for start in range(0, n, max(rows, 1)):
+            block = np.frombuffer(file.read(min(rows, n - start) * row), dtype)
+            yield block.reshape(shape[::-1]).T if fortran else block.reshape(-1, *shape[1:])
+    return shape, dtype, blocks()
+
 def _npz(path, size):
+    """Source of an .npz with `images` or `latents`."""
     with zipfile.ZipFile(path) as archive:
-        names = [info.filename.removesuffix(".npy") for info in archive.infolist()]
+        names = [name.removesuffix(".npy") for name in archive.namelist()]
     kind = "latent" if "latents" in names else "image"
-    name = kind + "s"
-    if name not in names:
-        raise DataError(f"{path}: holds neither `images` nor `latents` but {', '.join(names) or 'nothing'}")
-    shape, dtype = _npy_header(path, name)
+    if f"{kind}s" not in names:
+        raise DataError(f"{path}: no `images` or `latents` in it but {', '.join(names)[:200] or 'nothing'}")
+    shape, dtype, blocks = _npz_array(path, f"{kind}s")
     right = dtype == np.uint8 if kind == "image" else dtype.kind == "f"
     if not right or len(shape) != 4 or min(shape) < 1 or (kind == "image" and 3 not in (shape[1], shape[3])):
         wanted = "uint8 [N, 3, H, W] or [N, H, W, 3]" if kind == "image" else "float [N, C, H, W]"
-        raise DataError(f"{path}: `{name}` is {dtype} {list(shape)}, wanted {wanted}")
+        raise DataError(f"{path}: `{kind}s` is {dtype} {list(shape)}, wanted {wanted}")
     if kind == "latent" and size is not None:
         raise DataError(f"{path}: --size is for images, these are latents")
-    labels = _npz_labels(path, shape[0]) if "labels" in names else None
+    labels = _npz_vector(path, "labels", shape[0], "iu") if "labels" in names else None
+    if labels is not None and not 0 <= labels.min() <= labels.max() <= MAX_CLASSES:
+        raise DataError(f"{path}: `labels` are {labels.min()} to {labels.max()}, not 0 to {MAX_CLASSES}")
     classes = [] if labels is None else [str(c) for c in range(labels.max() + 1)]
+    if kind == "image":
+        blocks = (block if shape[1] == 3 else block.transpose(0, 3, 1, 2) for block in blocks)
+        return Source(shape[0], (_resize_block(block, size) for block in blocks), kind, labels, classes)
     moments = None
-    if kind == "latent" and {"mean", "std"} <= set(names):
-        moments = [np.concatenate(list(_npy_blocks(path, s))).astype(np.float64).ravel() for s in ("mean", "std")]
-        if any(len(m) != shape[1] or not np.isfinite(m).all() for m in moments) or not (moments[1] > 0).all():
-            raise DataError(f"{path}: `mean` and `std` must be {shape[1]} finite numbers, std positive")
-    blocks = _npz_images(path, size, shape) if kind == "image" else _npz_latents(path)
-    return Source(shape[0], blocks, kind, labels, classes, moments)
+    if "mean" in names and "std" in names:
+        moments = [_npz_vector(path, name, shape[1], "f") for name in ("mean", "std")]
+        if not np.isfinite(moments).all() or not (moments[1] > 0).all():
+            raise DataError(f"{path}: `mean` and `std` must be finite, std above 0")
+    return Source(shape[0], (_finite(path, block) for block in blocks), kind, labels, classes, moments)
 
-def _npz_images(path, size, shape):
-    for block in _npy_blocks(path, "images"):
-        yield _resize_block(block if shape[1] == 3 else block.transpose(0, 3, 1, 2), size)
+def _npz_vector(path, name, length, kinds):
+    shape, dtype, blocks = _npz_array(path, name)
+    if dtype.kind not in kinds or shape != (length,):
+        wanted = "integers" if kinds == "iu" else "floats"
+        raise DataError(f"{path}: `{name}` is {dtype} {list(shape)}, wanted {wanted} [{length}]")
+    return np.concatenate(list(blocks))
 
-def _npz_latents(path):
-    for block in _npy_blocks(path, "latents"):
-        if not np.isfinite(block).all():
-            raise DataError(f"{path}: `latents` holds NaN or infinite values; encode the images again")
-        yield block.astype(np.float16 if block.dtype.itemsize == 2 else np.float32)
+def _finite(path, latents):
+    if not np.isfinite(latents).all():
+        raise DataError(f"{path}: `latents` holds NaN or infinite values; encode the images again")
+    return latents.astype(np.float16 if latents.dtype.itemsize == 2 else np.float32)
 
-def _npz_labels(path, count):
-    shape, dtype = _npy_header(path, "labels")
-    if dtype.kind not in "iu" or shape != (count,):
-        raise DataError(f"{path}: `labels` is {dtype} {list(shape)}, wanted integers [{count}]")
-    labels = np.concatenate(list(_npy_blocks(path, "labels")))
-    if labels.min() < 0 or labels.max() >= MAX_CLASSES:
-        raise DataError(f"{path}: `labels` holds {labels.min()} to {labels.max()}, wanted 0 to {MAX_CLASSES - 1}")
-    return labels
-
-def _npy_start(path, name, file, length):
-    """Reads the header of an open .npy member: (shape, fortran order, dtype)."""
-    version = np.lib.format.read_magic(file)
-    reader = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-    shape, fortran, dtype = reader(file)
-    if dtype.hasobject or dtype.itemsize == 0:
-        raise DataError(f"{path}: refused, `{name}` holds Python objects, not numbers")
-    if math.prod(shape) * dtype.itemsize != length - file.tell() or min(shape, default=0) < 0:
-        raise DataError(f"{path}: `{name}` says {dtype} {list(shape)} but has {length - file.tell():,} bytes")
-    return shape, fortran, dtype
-
-def _npy_header(path, name):
-    with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as file:
-        shape, _, dtype = _npy_start(path, name, file, archive.getinfo(f"{name}.npy").file_size)
-    return shape, dtype
-
-def _npy_blocks(path, name, size=2 ** 26):
-    """Yields the array in blocks of rows of about `size` bytes."""
-    with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as file:
-        shape, fortran, dtype = _npy_start(path, name, file, archive.getinfo(f"{name}.npy").file_size)
-        row = math.prod(shape[1:]) * dtype.itemsize
-        rows = len(shape) and max(1, shape[0] if fortran else size // max(row, 1))
-        for start in range(0, shape[0] if shape else 1, rows or 1):
-            n = min(rows, shape[0] - start) if shape else 1
-            data = np.frombuffer(file.read(n * row), dtype)
-            yield data.reshape(shape[::-1]).T if fortran else data.reshape(n, *shape[1:])
-
-# ---------------------------------------------------------------------------------------------------------
-# The cache: a folder a data set, made under a temporary name and renamed when complete.
-def _build(source, cache, key, path):
+# ------------------------------------------------------------------------------------------------------------
+# The cache: a folder a data set, made under a temporary name and renamed when it is complete.
+def _build(source, cache, target, path):
     """Writes a source into the cache and returns the Dataset; `path` names it on the progress line."""
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -648,54 +665,48 @@ def _build(source, cache, key, path):
         raise DataError(f"{cache}: cannot write the cache ({_reason(error)}); set DATA_CACHE") from error
     try:
         moments = _write(source, folder / "x.npy", cache, path)
-        np.save(folder / "labels.npy", np.zeros(0, np.int64) if source.labels is None else
-                source.labels.astype(np.int64))
-        mean, std = (source.moments or moments) if source.kind == "latent" else (None, None)
-        meta = dict(kind=source.kind, class_names=source.class_names, labelled=source.labels is not None,
-                    mean=None if mean is None else [float(m) for m in mean],
-                    std=None if std is None else [float(s) for s in std], report=source.report)
+        labels = np.zeros(0) if source.labels is None else source.labels
+        np.save(folder / "labels.npy", labels.astype(np.int64))
+        meta = dict(kind=source.kind, class_names=source.class_names, report=source.report)
+        meta["moments"] = [m.astype(float).tolist() for m in source.moments or moments or []]
         meta["fingerprint"] = _fingerprint(folder, meta)
         (folder / "meta.json").write_text(json.dumps(meta))
-        shutil.rmtree(cache / key, ignore_errors=True)
+        shutil.rmtree(target, ignore_errors=True)
         with contextlib.suppress(OSError):                      # another process may have just made it
-            folder.rename(cache / key)
+            folder.rename(target)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    found = _read_cache(cache / key)
+    found = _read_cache(target)
     if found is None:
-        raise DataError(f"{cache / key}: the cache reads back wrong; check the disk or set DATA_CACHE")
+        raise DataError(f"{target}: the cache reads back wrong; check the disk or set DATA_CACHE")
     return found
 
 def _write(source, file_name, cache, path):
-    """Writes x.npy block by block; returns the per-channel mean and std."""
-    done, began, shown, total, square = 0, time.monotonic(), 0, 0, 0
+    """Writes x.npy block by block; returns the per-channel [mean, std] of latents."""
+    done, began, total, square = 0, time.monotonic(), 0, 0
     with open(file_name, "wb") as file:
         for block in source.blocks:
             block = np.ascontiguousarray(block)
             if done == 0:
-                need, free = source.count * block[0].nbytes, shutil.disk_usage(cache).free
-                if need > free:
-                    raise DataError(f"{cache}: needs {need:,} bytes, {free:,} are free; set DATA_CACHE")
-                header = dict(descr=block.dtype.str, fortran_order=False, shape=(source.count, *block.shape[1:]))
+                shape, need = (source.count, *block.shape[1:]), source.count * block[0].nbytes
+                if need > shutil.disk_usage(cache).free:
+                    raise DataError(f"{cache}: needs {need:,} bytes, more than are free; set DATA_CACHE")
+                header = dict(descr=block.dtype.str, fortran_order=False, shape=shape)
                 np.lib.format.write_array_header_2_0(file, header)
             file.write(block)
+            done += len(block)
             if source.kind == "latent":
                 total = total + block.sum((0, 2, 3), dtype=np.float64)
                 square = square + np.square(block, dtype=np.float64).sum((0, 2, 3))
-            done += len(block)
-            if path and time.monotonic() - began > 1 and time.monotonic() - shown > 0.5:
-                shown = time.monotonic()
-                print(f"\rreading {path}: {done:,} of {source.count:,}", end="", file=sys.stderr, flush=True)
-    if shown:
-        print(f"\rreading {path}: {done:,} of {source.count:,}, {time.monotonic() - began:.1f} s", file=sys.stderr)
-    if source.kind != "latent":
-        return None
-    elements = done * block[0, 0].size
-    return total / elements, np.sqrt(np.maximum(square / elements - (total / elements) ** 2, 1e-12))
+            if path and time.monotonic() - began > 1:
+                progress(f"reading {path}: {done:,} of {source.count:,}", last=done == source.count)
+    if source.kind == "latent":
+        mean = total / (done * block[0, 0].size)
+        return mean, np.sqrt(np.maximum(square / (done * block[0, 0].size) - mean ** 2, 1e-12))
 
 def _fingerprint(folder, meta):
-    """Hash of the content: array, labels, class names and latents' moments."""
-    digest = hashlib.sha256(json.dumps([meta[k] for k in ("kind", "class_names", "mean", "std")]).encode())
+    """Hash of the content: array, labels, class names, and the moments of latents."""
+    digest = hashlib.sha256(json.dumps([meta[name] for name in ("kind", "class_names", "moments")]).encode())
     for name in ("x.npy", "labels.npy"):
         with open(folder / name, "rb") as file:
             while part := file.read(2 ** 20):
@@ -708,25 +719,23 @@ def _read_cache(folder):
         meta = json.loads((folder / "meta.json").read_text())
         if meta["fingerprint"] != _fingerprint(folder, meta):
             return None
-        x = np.load(folder / "x.npy", mmap_mode="c", allow_pickle=False)        # changes never reach the file
+        x = torch.from_numpy(np.load(folder / "x.npy", mmap_mode="c"))          # changes never reach the file
         labels = torch.from_numpy(np.load(folder / "labels.npy", allow_pickle=False))
     except (OSError, ValueError, KeyError, TypeError, EOFError):
         return None
-    return Dataset(torch.from_numpy(x), labels if meta["labelled"] else None, meta["class_names"], meta["kind"],
-                   meta["mean"], meta["std"], meta["fingerprint"], _describe(x, labels, meta) + meta["report"])
-
-def _describe(x, labels, meta):
     n, c, h, w = x.shape
-    lines = [f"{n:,} {meta['kind']}s of {c}x{h}x{w}, {x.dtype}, {x.nbytes / 2 ** 20:,.0f} MiB"]
-    if not meta["labelled"]:
-        return lines + ["no labels"]
-    count = np.bincount(labels, minlength=len(meta["class_names"]))
-    return lines + [f"{len(count):,} classes of {count.min():,} to {count.max():,} examples"]
+    report = [f"{n:,} {meta['kind']}s of {c}x{h}x{w}, {x.nbytes / 2 ** 20:,.0f} MiB", "no labels"]
+    if meta["class_names"]:
+        count = torch.bincount(labels)
+        report[1] = f"{len(count):,} classes of {count.min():,} to {count.max():,} examples"
+    return Dataset(x, labels if meta["class_names"] else None, meta["class_names"], meta["kind"],
+                   *([torch.tensor(m) for m in meta["moments"]] or [None, None]),
+                   meta["fingerprint"], report + meta["report"])
 
-# ---------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # A long-tailed subset: with K classes, class c keeps n_max R^(-c / (K - 1)) examples, R = head over tail.
 def long_tail(labels, ratio, seed=0):
-    """Sorted indices (LongTensor) of the subset of labels [N]; ratio R >= 1, drawn at random within a class."""
+    """Sorted indices (LongTensor) of such a subset of labels [N], random within a class; ratio R >= 1."""
     if not 1 <= ratio < math.inf:
         raise DataError(f"--imbalance {ratio}: must be at least 1")
     labels = torch.as_tensor(labels).cpu()
@@ -737,7 +746,7 @@ def long_tail(labels, ratio, seed=0):
         kept.append(members[torch.randperm(len(members), generator=stream(seed, c, "long tail"))[:n]])
     return torch.cat(kept).sort().values
 
-# ---------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Coreset pruning: a score within each class, and the best fraction of each class is kept.
 #   gaussian    log-density under the class's Gaussian (instance selection, https://arxiv.org/abs/2007.15255)
 #   knn         minus the distance to the k-th nearest neighbour of the class
@@ -751,8 +760,8 @@ def prune(features, labels, keep, score="gaussian", k=5, seed=0):
 def prune_by(scores, labels, keep):
     """As `prune`, for scores [N] at hand; equal scores are kept in the order of their indices."""
     if not 0 < keep <= 1:
-        raise DataError(f"--keep {keep}: must be above 0 and at most 1, or the path of a file of kept indices")
-    kept, groups = [], list(_classes(labels, len(scores)))
+        raise DataError(f"--keep {keep}: a fraction must be above 0 and at most 1")
+    kept, groups = [], _classes(labels, len(scores))
     for members, n in zip(groups, _quotas([len(members) for members in groups], keep)):
         kept.append(members[torch.sort(scores[members], descending=True, stable=True).indices[:n]])
     return torch.cat(kept).sort().values
@@ -791,12 +800,12 @@ def _quotas(counts, keep):
         quota[np.argmin(np.where(quota > 1, exact - quota, np.inf))] -= 1
     return quota.astype(int).tolist()
 
-# ---------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The scores, for the centered features x [n, d] of one class. The Gaussian's covariance is shrunk towards
 # a multiple of the identity by OAS (https://arxiv.org/abs/0907.4698), which keeps it invertible for n < d.
 def _score_gaussian(x, k):
     n, d = x.shape
-    S = sum(part.T @ part for part in x.to(torch.float64).split(4096)) / n              # [d, d]
+    S = sum(part.T @ part for part in (chunk.double() for chunk in x.split(4096))) / n  # [d, d]
     trace, square = S.trace(), S.square().sum()                                         # tr S, tr S^2
     if trace <= 0:                                                                      # all alike
         return torch.zeros(n)
@@ -804,7 +813,7 @@ def _score_gaussian(x, k):
     rho = rho.clamp(1e-6, 1)
     S = (1 - rho) * S + rho * trace / d * torch.eye(d, dtype=S.dtype, device=S.device)
     L = torch.linalg.cholesky(S)
-    quad = [torch.linalg.solve_triangular(L, part.T.to(L.dtype), upper=False).square().sum(0)
+    quad = [torch.linalg.solve_triangular(L, part.T.double(), upper=False).square().sum(0)
             for part in x.split(4096)]
     return -0.5 * (torch.cat(quad) + d * math.log(2 * math.pi)) - L.diagonal().log().sum()
 
@@ -816,7 +825,7 @@ def _score_knn(x, k):
     for start in range(0, n, 1024):
         part = x[start:start + 1024]
         distance2 = square + square[start:start + 1024, None] - 2 * part @ x.T          # [1024, n]
-        distance2[torch.arange(len(part)), start + torch.arange(len(part))] = math.inf  # not its own neighbour
+        distance2.diagonal(start).fill_(math.inf)                                       # but not itself
         scores.append(-distance2.topk(min(k, n - 1), largest=False).values[:, -1].clamp(min=0).sqrt())
     return torch.cat(scores)
 
@@ -826,7 +835,7 @@ def _score_moderate(x, k):
 
 PRUNE_SCORES = dict(gaussian=_score_gaussian, knn=_score_knn, moderate=_score_moderate, random=None)
 
-# ---------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Features that need no network: principal components of the images averaged down to 8x8.
 def pixel_features(dataset, dims=64):
     """float32 [N, min(dims, 64 C)] of a Dataset of images or latents, on the CPU."""
@@ -838,7 +847,7 @@ def pixel_features(dataset, dims=64):
     axes = torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, :dims]                 # largest first
     return x @ axes.to(x.dtype)
 
-# ---------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Class weights by group DRO, DoReMi's update (https://arxiv.org/abs/2305.10429): with e_c the mean over class
 # c of max(loss(proxy) - loss(reference), 0),  alpha_c <- alpha_c exp(eta e_c), normalized, and mixed with the
 # uniform weights.
@@ -855,73 +864,96 @@ def dro_update(log_weights, excess, labels, eta, smoothing=1e-3):
     uniform = torch.full_like(log_alpha, math.log(smoothing) - math.log(K))
     return torch.logaddexp(log_alpha + math.log1p(-smoothing), uniform)
 
-# ---------------------------------------------------------------------------------------------------------
-# Kept indices as a file, and a picture of what a score means.
+# ------------------------------------------------------------------------------------------------------------
+# Files of kept indices and of features.
 def save_keep(path, index):
     """Writes kept indices as int64 .npy, complete or not at all."""
-    temporary = f"{path}.unfinished"
-    with open(temporary, "wb") as file:
+    with open(f"{path}.unfinished", "wb") as file:
         np.save(file, np.asarray(index, dtype=np.int64))
-    os.replace(temporary, path)
+    os.replace(f"{path}.unfinished", path)
 
 def load_keep(path, n):
     """Kept indices (sorted LongTensor) from a .npy file, for a data set of n examples."""
-    index = load_array(path)
+    index = _load_npy(path)
     if index.ndim != 1 or index.dtype.kind not in "iu" or len(index) == 0:
-        raise DataError(f"{path}: wanted kept indices, integers [M], not {index.dtype} {list(index.shape)}")
-    index = np.unique(index).astype(np.int64)
+        raise DataError(f"{path}: is {index.dtype} {list(index.shape)}, wanted kept indices, integers [M]")
+    index = np.unique(index)
     if index[0] < 0 or index[-1] >= n:
-        raise DataError(f"{path}: keeps {index[0]} to {index[-1]}, but the data has 0 to {n - 1}; "
-                        "was it made for other data?")
-    return torch.from_numpy(index)
+        raise DataError(f"{path}: keeps {index[0]} to {index[-1]} of 0 to {n - 1}: made for other data")
+    return torch.from_numpy(index.astype(np.int64))
 
-def load_array(path):
-    """A numeric array from a .npy file."""
+def load_features(path, n):
+    """float32 [n, d] from a .npy file, for a data set of n examples."""
+    features = _load_npy(path)
+    if features.ndim != 2 or len(features) != n:
+        raise DataError(f"{path}: is {features.dtype} {list(features.shape)}, wanted features [{n}, d]")
+    return torch.from_numpy(features.astype(np.float32))
+
+def _load_npy(path):
     try:
-        length = os.path.getsize(path)
         with open(path, "rb") as file:
-            shape, fortran, dtype = _npy_start(path, "array", file, length)
+            shape, fortran, dtype = _npy_header(file, os.path.getsize(path), path)
             array = np.frombuffer(file.read(), dtype)
+        return array.reshape(shape[::-1]).T if fortran else array.reshape(shape)
     except DataError:
         raise
     except Exception as error:
         raise DataError(f"{path}: not a readable .npy file ({_reason(error)})") from error
-    return array.reshape(shape[::-1]).T if fortran else array.reshape(shape)
+
+# ------------------------------------------------------------------------------------------------------------
+# Pictures: a grid, and what a pruning score means.
+def image_grid(images, columns, side=None):
+    """Pillow image of uint8 [n, 3, H, W], row by row, each drawn `side` pixels wide (None: as it is)."""
+    images = [Image.fromarray(x.permute(1, 2, 0).contiguous().numpy()) for x in images.cpu()]
+    w, h = (side, side) if side else images[0].size
+    grid = Image.new("RGB", (columns * w, -(-len(images) // columns) * h), "white")
+    for i, image in enumerate(images):
+        grid.paste(image.resize((w, h), Image.BICUBIC), (i % columns * w, i // columns * h))
+    return grid
+
+def density_picture(points, size=400, side=3.0):
+    """Pillow image of 2-D points [n, 2]: their log-density from -4 (white) to 3 (black), the square of this side."""
+    rows, columns = ((-points[:, 1] / side + 0.5) * size).long(), ((points[:, 0] / side + 0.5) * size).long()
+    inside = (rows >= 0) & (rows < size) & (columns >= 0) & (columns < size)
+    counts = torch.bincount((rows * size + columns)[inside], minlength=size * size)
+    return log_density_picture((counts * (size / side) ** 2 / len(points)).log().reshape(size, size))
+
+def log_density_picture(logp):
+    """Pillow image of a log-density [size, size], from -4 (white) to 3 (black)."""
+    return Image.fromarray((255 - ((logp + 4) / 7).clamp(0, 1) * 255).to(torch.uint8).numpy())
 
 def coreset_picture(dataset, scores, keep, columns=8, side=48):
-    """Pillow image: for each of the first ten classes its best-kept, last-kept and first-dropped images."""
-    groups = list(_classes(dataset.labels, len(dataset)))[:10]
-    pad, left, top = 12, 96, 20
-    width = left + 3 * (columns * side + pad)
-    canvas = Image.new("RGB", (width, top + len(groups) * (side + 4)), "white")
+    """Pillow image: of each of the first ten classes the best-kept, last-kept and first-dropped images."""
+    groups, left, top, part = _classes(dataset.labels, len(dataset))[:10], 96, 20, columns * side + 12
+    canvas = Image.new("RGB", (left + 3 * part, top + len(groups) * (side + 4)), "white")
     draw = ImageDraw.Draw(canvas)
-    for part, title in enumerate(("best kept", "last kept (nearest the border first)", "first dropped")):
-        draw.text((left + part * (columns * side + pad), 4), title, fill="black")
+    for i, title in enumerate(("best kept", "last kept (nearest the border first)", "first dropped")):
+        draw.text((left + i * part, 4), title, fill="black")
     for row, members in enumerate(groups):
-        y = top + row * (side + 4)
-        name = dataset.class_names[dataset.labels[members[0]]] if dataset.classes else "all"
-        draw.text((4, y + side // 2 - 6), name[:15], fill="black")
+        y, n = top + row * (side + 4), int(torch.isin(members, keep).sum())
+        draw.text((4, y + side // 2 - 6), _class_name(dataset, members)[:15], fill="black")
         ranked = members[torch.sort(scores[members], descending=True, stable=True).indices]
-        n = int(torch.isin(members, keep).sum())
-        parts = ranked[:n][:columns], ranked[:n].flip(0)[:columns], ranked[n:n + columns]
-        for part, chosen in enumerate(parts):
-            for column, index in enumerate(chosen):
-                image = Image.fromarray(dataset.x[index].cpu().permute(1, 2, 0).contiguous().numpy())
-                x = left + part * (columns * side + pad) + column * side
-                canvas.paste(image.resize((side, side), Image.BICUBIC), (x, y))
+        for i, chosen in enumerate((ranked[:n], ranked[:n].flip(0), ranked[n:])):
+            if len(chosen):
+                images = dataset.x[chosen[:columns].to(dataset.x.device)]
+                canvas.paste(image_grid(images, columns, side), (left + i * part, y))
     return canvas
 
-# ---------------------------------------------------------------------------------------------------------
+def _class_name(dataset, members):
+    return dataset.class_names[dataset.labels[members[0]]] if dataset.classes else "all"
+
+# ------------------------------------------------------------------------------------------------------------
 # Command line: what a data set holds, and pruning without training.
 def parser():
     p = argparse.ArgumentParser(description="Report what a data set holds; prune it to a coreset.")
     p.add_argument("data", metavar="DATA", help="folder, .zip, .tar.gz (CIFAR-10) or .npz")
     p.add_argument("--size", type=int, metavar="PIXELS", help="center-crop and resize (default: as they are)")
-    p.add_argument("--keep", type=float, metavar="FRACTION", help="fraction to keep, in (0, 1] (default: report only)")
-    p.add_argument("--prune", choices=list(PRUNE_SCORES), default="gaussian", help="score (default: gaussian)")
-    p.add_argument("--features", default="pixels", metavar="pixels|FILE.npy",
-                   help="what the score sees: principal components of 8x8 pixels, or an array [N, d]")
-    p.add_argument("--k", type=int, default=5, help="neighbour that knn measures the distance to (default: 5)")
+    p.add_argument("--keep", type=float, metavar="FRACTION", help="fraction to keep, above 0, at most 1 "
+                   "(default: report only)")
+    p.add_argument("--prune", choices=PRUNE_SCORES, default="gaussian", help="score (default: gaussian)")
+    p.add_argument("--features", default="pixels", metavar="pixels|FILE.npy", help="what the score sees: "
+                   "principal components of the images at 8x8 (default: pixels), or an array [N, d]")
+    p.add_argument("--k", type=int, default=5, help="the neighbour that knn looks at (default: 5)")
     p.add_argument("--out", default="keep.npy", metavar="FILE.npy", help="kept indices (default: keep.npy)")
     p.add_argument("--show", metavar="FILE.png", help="picture of best-kept, last-kept, first-dropped images")
     p.add_argument("--seed", type=int, default=0, help="of --prune random (default: 0)")
@@ -929,7 +961,7 @@ def parser():
 
 def run(args):
     if args.keep is not None and not 0 < args.keep <= 1:
-        raise DataError(f"--keep {args.keep}: must be above 0 and at most 1")
+        raise DataError(f"--keep {args.keep}: a fraction must be above 0 and at most 1")
     if args.k < 1:
         raise DataError(f"--k {args.k}: must be at least 1")
     dataset = load(args.data, args.size)
@@ -938,25 +970,23 @@ def run(args):
         return
     if args.show and dataset.kind != "image":
         raise DataError("--show: latents cannot be drawn, leave it out")
-    features = pixel_features(dataset) if args.features == "pixels" else load_array(args.features)
-    if len(features) != len(dataset):
-        raise DataError(f"--features {args.features}: {len(features):,} rows for {len(dataset):,} examples")
+    pixel = args.features == "pixels"
+    features = pixel_features(dataset) if pixel else load_features(args.features, len(dataset))
     scores = prune_scores(features, dataset.labels, args.prune, args.k, args.seed)
     keep = prune_by(scores, dataset.labels, args.keep)
-    print(f"\n{'class':<20} {'kept':>8} {'of':>8}   {'lowest kept':>12} {'highest':>12} {'lowest of all':>14}")
+    print(f"\n{'class':<20} {'kept':>8} {'of':>8} {'lowest':>12} {'lowest kept':>12} {'highest':>12}")
     for members in _classes(dataset.labels, len(dataset)):
-        name = dataset.class_names[dataset.labels[members[0]]] if dataset.classes else "all"
         kept, every = scores[members[torch.isin(members, keep)]], scores[members]
-        print(f"{name:<20.20} {len(kept):>8,} {len(every):>8,}   "
-              f"{kept.min():>12.4g} {every.max():>12.4g} {every.min():>14.4g}")
-    try:
-        save_keep(args.out, keep)
-        print(f"\n{len(keep):,} of {len(dataset):,} kept: {args.out}")
-        if args.show:
-            coreset_picture(dataset, scores, keep).save(args.show)
-            print(f"picture: {args.show}")
-    except (OSError, ValueError) as error:
-        raise DataError(f"--out {args.out}, --show {args.show}: cannot be written ({_reason(error)})") from error
+        print(f"{_class_name(dataset, members):<20.20} {len(kept):>8,} {len(every):>8,} "
+              f"{every.min():>12.4g} {kept.min():>12.4g} {every.max():>12.4g}")
+    for path, write in ((args.out, lambda: save_keep(args.out, keep)),
+                        (args.show, lambda: coreset_picture(dataset, scores, keep).save(args.show))):
+        try:
+            if path:
+                write()
+                print(f"wrote {path}")
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path}: cannot be written ({_reason(error)})") from error
 
 def main(argv=None):
     args = parser().parse_args(argv)

@@ -1,14 +1,15 @@
-"""Scores of samples: feature networks, Fréchet distance, precision and recall, 2-D metrics; comparison of runs.
+"""Scores of samples: feature networks, Fréchet distance, precision and recall, 2-D metrics; run comparison.
 
-Fréchet Inception distance: "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium"
-(arXiv 1706.08500). Precision and recall: "Improved Precision and Recall Metric for Assessing Generative Models"
-(arXiv 1904.06991). Images are always scored as uint8. Score two image sets, or compare training runs:
+Fréchet Inception distance: "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash
+Equilibrium" (arXiv 1706.08500). Precision and recall: "Improved Precision and Recall Metric for Assessing
+Generative Models" (arXiv 1904.06991). Images are always scored as uint8. Two image sets, or training runs:
 
     python fid.py REAL FAKE --features inception
     python fid.py --compare runs/uniform-s0 runs/uniform-s1 runs/ajest-s0 runs/ajest-s1
 """
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -34,9 +35,9 @@ BIASED_BELOW = 2048  # samples; fewer and the Fréchet distance is visibly too l
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The FID Inception network (TensorFlow's graph of 2015-12-05). A block is a list of lines of convolutions "name
-# channels kernel". A line starts at the block's input x, at its pooled input, or at an earlier convolution; the
-# ends of all lines are concatenated. "3s2" is a 3x3 kernel with stride 2 and no padding, the others keep the size.
+# The FID Inception network (TensorFlow's graph of 2015-12-05). A block is lines of convolutions, each "name
+# channels kernel". A line starts at the block's input x, at its pooled input or at an earlier convolution;
+# the ends of all lines are concatenated. "3s2" is 3x3 with stride 2 and no padding, others keep the size.
 
 MIXED_A = """x > branch1x1 64 1x1
              x > branch5x5_1 48 1x1 > branch5x5_2 64 5x5
@@ -62,8 +63,8 @@ MIXED_E = """x > branch1x1 320 1x1
 INCEPTION = [  # block, lines, the {n} in them, pooling
     ("Mixed_5b", MIXED_A, 32, "mean"), ("Mixed_5c", MIXED_A, 64, "mean"), ("Mixed_5d", MIXED_A, 64, "mean"),
     ("Mixed_6a", MIXED_B, 0, "halve"),
-    ("Mixed_6b", MIXED_C, 128, "mean"), ("Mixed_6c", MIXED_C, 160, "mean"), ("Mixed_6d", MIXED_C, 160, "mean"),
-    ("Mixed_6e", MIXED_C, 192, "mean"),
+    ("Mixed_6b", MIXED_C, 128, "mean"), ("Mixed_6c", MIXED_C, 160, "mean"),
+    ("Mixed_6d", MIXED_C, 160, "mean"), ("Mixed_6e", MIXED_C, 192, "mean"),
     ("Mixed_7a", MIXED_D, 0, "halve"),
     ("Mixed_7b", MIXED_E, 0, "mean"), ("Mixed_7c", MIXED_E, 0, "max")]
 POOLS = {"mean": lambda x: F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False),
@@ -172,8 +173,11 @@ def find_inception_weights(path=None):
 
 
 def _sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.sha256(file.read()).hexdigest()
+    try:
+        with open(path, "rb") as file:
+            return hashlib.sha256(file.read()).hexdigest()
+    except OSError as error:
+        raise data.DataError(f"{path}: {error.strerror or error}") from None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -207,8 +211,8 @@ class Stats:
 def frechet_from_stats(mu1, sigma1, mu2, sigma2):
     """Fréchet distance of N(mu1 [d], sigma1 [d, d]) and N(mu2, sigma2), arrays or tensors, in float64.
 
-    S1 S2 has the eigenvalues of the symmetric R^T S2 R for any R with R R^T = S1, so no general matrix square root
-    is needed: R is the Cholesky factor of S1, or comes from its eigenvectors where S1 has not full rank.
+    S1 S2 has the eigenvalues of the symmetric R^T S2 R for any R with R R^T = S1, so no general matrix square
+    root is needed: R is the Cholesky factor of S1, or comes from its eigenvectors where S1 has not full rank.
     """
     mu1, sigma1, mu2, sigma2 = (_double(torch.as_tensor(v)) for v in (mu1, sigma1, mu2, sigma2))
     R, failed = torch.linalg.cholesky_ex(sigma1)
@@ -223,8 +227,8 @@ def frechet_from_stats(mu1, sigma1, mu2, sigma2):
 def frechet_distance(features_a, features_b):
     """Fréchet distance of two feature sets [n_a, d], [n_b, d] (arrays or tensors), as a float.
 
-    With fewer samples than dimensions, tr sqrt(S1 S2) is the sum of the singular values of A B^T, A and B being
-    the centred features over sqrt(n - 1): exact at any rank and cheaper.
+    With fewer samples than dimensions, tr sqrt(S1 S2) is the sum of the singular values of A B^T, A and B
+    being the centred features over sqrt(n - 1): exact at any rank and cheaper.
     """
     a, b = (_double(torch.as_tensor(f)) for f in (features_a, features_b))
     if max(len(a), len(b)) >= a.shape[1]:
@@ -292,16 +296,16 @@ def l2(points, endpoints):
 
 
 def tree_metrics(points, tree, endpoints=None):
-    """{"hit", "coverage"} of points [n, 2], and "l2" when the exact end points [n, 2] are given."""
+    """{"hit", "coverage"} of points [n, 2]; with the exact end points [m, 2] of the first m, also "l2"."""
     is_hit = tree.logp(points, 0) >= HIT_LOGP
     metrics = {"hit": is_hit.double().mean().item(), "coverage": coverage(points, tree, is_hit=is_hit)}
-    return metrics if endpoints is None else metrics | {"l2": l2(points, endpoints)}
+    return metrics if endpoints is None else metrics | {"l2": l2(points[:len(endpoints)], endpoints)}
 
 
 @torch.no_grad()
 def score_error(denoiser, tree, n=16384, seed=0, P_mean=-2.3, P_std=1.5):
-    """Excess loss over the exact denoiser's: the mean over n draws of (x0, sigma, eps) of lambda(sigma) times the
-    mean over dimensions of (D - D_exact)^2. 0 = exact. Runs on the tree's device."""
+    """Excess loss over the exact denoiser's: the mean over n draws of (x0, sigma, eps) of lambda(sigma) times
+    the mean over dimensions of (D - D_exact)^2. 0 = exact. Runs on the tree's device."""
     generator = data.stream(seed, 0, "score_error", tree.device)
     x0 = tree.sample(n, generator=generator)  # [n, 2]
     sigma = (P_mean + P_std * torch.randn(n, generator=generator, device=x0.device)).exp()
@@ -310,14 +314,15 @@ def score_error(denoiser, tree, n=16384, seed=0, P_mean=-2.3, P_std=1.5):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Own features: a small residual classifier for any resolution from 8 pixels; its features are the averages over
-# positions of the last activations.
+# Own features: a small residual classifier for any resolution from 8 pixels; its features are the averages
+# over positions of the last activations.
 
 class Pixels(torch.nn.Module):
-    """uint8 [N, 3, H, W] -> float32 [N, 192], 8x8 area averages: crude features that need no network."""
+    """[N, C, H, W], uint8 or float latents -> float32 [N, 64 C], 8x8 area averages: crude, but no network."""
 
-    def forward(self, images):
-        return F.adaptive_avg_pool2d(images.float() / 127.5 - 1, 8).flatten(1)
+    def forward(self, x):
+        x = x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x.float()
+        return F.adaptive_avg_pool2d(x, 8).flatten(1)
 
 
 def _conv(c_in, c_out):
@@ -362,28 +367,30 @@ class Classifier(torch.nn.Module):
                 net = Classifier(len(checkpoint["class_names"]), checkpoint["width"])
             net.load_state_dict(checkpoint["model"], assign=True)
         except Exception:  # whatever a foreign dictionary leads to
-            raise model.CheckpointError(f"{path}: not a classifier; fit one with fid.py --fit CKPT DATA") from None
+            raise model.CheckpointError(f"{path}: not a classifier; fit one with --fit CKPT DATA") from None
         return net.eval().requires_grad_(False)
 
 
 def fit(path,             # file to write
         dataset,          # data.Dataset of labelled images
-        epochs=15,        # passes over nine tenths of it
-        width=64,         # channels of the first layer
+        epochs=None,      # passes over nine tenths of it, None = 15 on CUDA, 3 elsewhere
+        width=None,       # channels of the first layer, None = 64 on CUDA, 8 elsewhere
         device="cpu",
         batch=None,       # images a step, None = 512 on CUDA, 128 elsewhere
         seed=0):
     """Train a Classifier, write it to `path` and return its accuracy on the held-out tenth.
 
-    SGD with Nesterov momentum under a one-cycle learning rate: up for a quarter of the steps, then down to zero.
+    SGD with Nesterov momentum under a one-cycle learning rate: up for a quarter of the steps, then down to 0.
     """
     if dataset.kind != "image" or dataset.labels is None or len(dataset) < 20:
-        raise data.DataError("--fit needs at least 20 labelled images: a folder per class, or an .npz with labels")
+        raise data.DataError("--fit needs 20 or more labelled images: one folder per class, or labels")
     device = torch.device(device)
+    defaults = (15, 64, 512) if device.type == "cuda" else (3, 8, 128)
+    epochs, width, batch = (value or default for value, default in zip((epochs, width, batch), defaults))
     torch.manual_seed(seed)
     order = torch.randperm(len(dataset))
     held_out, index = order[:len(order) // 10], order[len(order) // 10:]
-    batch = min(batch or (512 if device.type == "cuda" else 128), len(index))
+    batch = min(batch, len(index))
     per_epoch = len(index) // batch
     steps = epochs * per_epoch
     dataset, generator = dataset.to(device), torch.Generator(device).manual_seed(seed)
@@ -411,17 +418,17 @@ def fit(path,             # file to write
         schedule.step()
         if (step + 1) % per_epoch == 0:
             accuracy = _accuracy(net, map(take, held_out.split(1000)), cast)
-            _progress(f"epoch {(step + 1) // per_epoch}/{epochs}  loss {loss.item():.3f}  held-out accuracy "
+            data.progress(f"epoch {(step + 1) // per_epoch}/{epochs}  loss {loss.item():.3f}  held-out accuracy "
                       f"{accuracy:.4f}  {time.monotonic() - start:.0f} s", step + 1 == steps)
     model.save(path, dict(
-        kind="classifier", width=width, class_names=list(dataset.class_names), size=dataset.shape[-1], epochs=epochs,
-        data_fingerprint=dataset.fingerprint, accuracy=accuracy,
+        kind="classifier", width=width, class_names=list(dataset.class_names), size=dataset.shape[-1],
+        data_fingerprint=dataset.fingerprint, epochs=epochs, accuracy=accuracy,
         model={key: value.cpu() for key, value in net.state_dict().items()}))
     return accuracy
 
 
 def _augment(images, generator, shift=4):
-    """Move every image [N, C, H, W] by up to `shift` pixels (mirrored border), flip half of them: one gather."""
+    """Move each image [N, C, H, W] by up to `shift` pixels (mirrored border), flip half of them; floats."""
     (n, c, h, w), device = images.shape, images.device
     padded = F.pad(images.float(), 4 * [shift], mode="reflect")
     y, x = torch.randint(2 * shift + 1, (2, n, 1), generator=generator, device=device)
@@ -456,7 +463,7 @@ class Summary:
     features: torch.Tensor | None = None  # float32 [at most keep, d], None = statistics only
 
     def save(self, path):
-        """Write the statistics as pytorch-fid does (.npz with mu and sigma), with features_id and n beside them."""
+        """Write an .npz of mu and sigma as pytorch-fid does, with features_id and n beside them."""
         n = -1 if self.n is None else self.n
         _write(path, lambda file: np.savez(file, mu=self.mu.numpy(), sigma=self.sigma.numpy(), n=n,
                                            features_id=self.features_id))
@@ -471,7 +478,7 @@ class Summary:
                 n = int(file["n"]) if "n" in file else -1
         except Exception:  # numpy's and zipfile's readers raise many kinds for a damaged file
             raise data.DataError(f"{path}: damaged statistics file") from None
-        if mu.ndim != 1 or sigma.shape != 2 * mu.shape or not torch.cat([mu, sigma.flatten()]).isfinite().all():
+        if mu.ndim != 1 or sigma.shape != 2 * mu.shape or not (mu.sum() + sigma.sum()).isfinite():
             raise data.DataError(f"{path}: mu must be [d] and sigma [d, d], all finite")
         return Summary(features_id, n if n >= 0 else None, mu, sigma)
 
@@ -479,43 +486,42 @@ class Summary:
 class Scorer:
     """Scores images with one kind of features: "inception", "own:CKPT" (a file of fid.py --fit) or "pixels".
 
-    `.id` says which features these are, `.name` what their Fréchet distance is called; only the one with Inception
-    features is the FID. Raises data.DataError and model.CheckpointError.
+    `.id` says which features these are, `.name` what their Fréchet distance is called; only the one with
+    Inception features is the FID. "pixels" also scores latents, as they are. Raises data.DataError and
+    model.CheckpointError.
     """
 
     def __init__(self, features="inception", device="cpu", weights=None):
+        make = {"inception": lambda _: Inception(find_inception_weights(weights)),
+                "pixels": lambda _: Pixels(), "own": Classifier.load}
         kind, _, path = features.partition(":")
-        if features == "inception":
-            self.id, net = features, Inception(find_inception_weights(weights))
-        elif features == "pixels":
-            self.id, net = features, Pixels()
-        elif kind == "own" and path:
-            net = Classifier.load(path)
-            self.id = f"own:{_sha256(path)[:12]}"
-        else:
-            raise data.DataError(f"--features {features}: give inception, own:CKPT or pixels")
-        self.name, self.net, self.device = distance_name(self.id), net.to(device), torch.device(device)
+        if kind not in make or (kind == "own") != bool(path):
+            raise data.DataError(f"features {features}: give --features inception, own:CKPT or pixels")
+        self.net, self.device = make[kind](path).to(device), torch.device(device)
+        self.id = features_id(features)
+        self.name = distance_name(self.id)
 
     @torch.no_grad()
-    def batches(self, images, batch=128, index=None, label="features"):
-        """Float32 features [at most batch, d] on the device, of images[index] (data.Dataset or uint8 [N, 3, H, W])."""
+    def batches(self, images, batch=128, index=None, label=None):
+        """Float32 features [at most batch, d] of images[index] (a data.Dataset or uint8 [N, 3, H, W])."""
         x = getattr(images, "x", images)
-        if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] != 3:
+        if not isinstance(self.net, Pixels) and (x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] != 3):
             raise data.DataError("only uint8 images with 3 channels are scored (decode latents first)")
         index = torch.arange(len(x)) if index is None else index
         for i in range(0, len(index), batch):
             yield self.net(x[index[i:i + batch].to(x.device)].to(self.device))
-            _progress(f"{label}: {min(i + batch, len(index))}/{len(index)}", i + batch >= len(index))
+            if label:
+                data.progress(f"{label}: {min(i + batch, len(index))}/{len(index)}", i + batch >= len(index))
 
-    def features(self, images, batch=128, index=None, label="features"):
-        """Float32 features [N, d] on the CPU."""
+    def features(self, images, batch=128, index=None, label=None):
+        """Float32 features [N, d] on the CPU; a label shows progress on stderr, here and in `summary`."""
         return torch.cat([f.cpu() for f in self.batches(images, batch, index, label)])
 
-    def summary(self, images, batch=128, index=None, keep=10000, label="features"):
+    def summary(self, images, batch=128, index=None, keep=10000, label=None):
         """The Summary of images[index]; make that of the real images once and score against it."""
         n = len(images) if index is None else len(index)
         if n < 2:
-            raise data.DataError(f"{label}: {n} images, a Fréchet distance needs at least 2")
+            raise data.DataError(f"{label or 'images'}: only {n}, a distance needs at least 2 on each side")
         kept, stats, parts = torch.zeros(n, dtype=torch.bool), Stats(), []
         kept[evenly_spaced(n, keep)] = True
         for f in self.batches(images, batch, index, label):
@@ -524,13 +530,35 @@ class Scorer:
         return Summary(self.id, n, *stats.mean_cov(), torch.cat(parts))
 
     def score(self, real, fake, batch=128):
-        """{"FID", "FD(own)" or "FD(pixels)", "precision", "recall"} of Summaries, data.Datasets or uint8 images."""
+        """{distance name, "precision", "recall"}; real and fake: Summary, data.Dataset or uint8 images."""
         real, fake = (s if isinstance(s, Summary) else self.summary(s, batch) for s in (real, fake))
         return score(real, fake, self.device)
 
 
+def features_id(features):
+    """What tells features apart, wherever their file lies: own:CKPT -> own:(first digits of its SHA-256)."""
+    kind, _, path = features.partition(":")
+    return f"own:{_sha256(path)[:12]}" if kind == "own" else features
+
+
 def distance_name(features_id):
     return "FID" if features_id == "inception" else f"FD({features_id.partition(':')[0]})"
+
+
+def cached_features(scorer, dataset):
+    """Float32 features [N, d] of a data.Dataset, computed once and kept in the dataset cache's folder."""
+    folder = os.environ.get("DATA_CACHE") or os.path.expanduser("~/.cache/data-curation")
+    path = os.path.join(folder, f"features-{dataset.fingerprint[:32]}-{scorer.id.replace(':', '-')}.npy")
+    try:
+        features = np.load(path, allow_pickle=False)
+        if len(features) == len(dataset) and features.dtype == np.float32 and features.ndim == 2:
+            return torch.from_numpy(features)
+    except (OSError, ValueError, EOFError):
+        pass  # not there, or damaged: computed (again)
+    features = scorer.features(dataset, label="features")
+    os.makedirs(folder, exist_ok=True)
+    _write(path, lambda file: np.save(file, features.numpy()))
+    return features
 
 
 def evenly_spaced(n, m):
@@ -557,9 +585,10 @@ def score_line(real, fake, device="cpu"):
     for side, n in ("real", real.n), ("fake", fake.n):
         counts.append(f"{n if n is not None else 'unknown number of'} {side}")
         if n is not None and n < BIASED_BELOW:
-            print(f"warning: only {n} {side} images: below {BIASED_BELOW} the distance is biased upwards, compare it "
-                  "only with figures from as many images", file=sys.stderr)
-    words = [f"{name} {distance:.4f}"] + [f"{key} {value:.2f}" for key, value in rest]
+            print(f"warning: only {n} {side} images: below {BIASED_BELOW} the distance is biased upwards, "
+                  "compare it only with figures from as many images", file=sys.stderr)
+    digits = f"{distance:.4f}" if distance > 1 else f"{distance:.4g}"
+    words = [f"{name} {digits}"] + [f"{key} {value:.2f}" for key, value in rest]
     return "  ".join(words + [f"({', '.join(counts)}, features {real.features_id})"])
 
 
@@ -576,26 +605,24 @@ def _write(path, write):
         raise data.DataError(f"cannot write {path}: {error.strerror or error}") from None
 
 
-def _progress(text, last):
-    print(f"\r{text}", end="\n" if last else "", file=sys.stderr, flush=True)
-
-
 # ------------------------------------------------------------------------------------------------------------
-# Comparing runs: an arm is a set of runs that differ in nothing but the seed.
+# Comparing runs: an arm is a set of runs that differ in nothing but the seed. A run's curve is one metric of
+# its evaluations over examples or seconds, linear in between, never beyond its ends.
 
-COMPARABLE = ("data_fingerprint", "kind", "features_id", "size", "channels")  # must agree between all runs
+COMPARABLE = ("data_fingerprint", "kind", "size", "shape", "channels", "features_id", "eval_samples",
+              "sampling_steps")  # configuration that must agree between all runs
 SEED_SUFFIX = re.compile(r"-(s|seed)\d+(?=/|$)")
 AXES = {"examples": ("examples trained", lambda r: r["examples_trained"]),
         "seconds": ("seconds of training", lambda r: r["seconds"] + r.get("reference_seconds", 0))}
-NOT_METRICS = {"kind", "step", "seconds", "select_seconds", "reference_seconds", "eval_seconds", "examples_trained",
-               "examples_seen", "guidance"}
+NOT_METRICS = {"kind", "step", "seconds", "select_seconds", "reference_seconds", "eval_seconds",
+               "examples_trained", "examples_seen", "guidance"}
 
 
 @dataclass
 class Run:
     path: str
     config: dict
-    records: dict  # {guided: eval records by step}
+    records: dict  # guided (bool) -> its evaluations by rising step
 
     @staticmethod
     def load(path):
@@ -604,217 +631,215 @@ class Run:
             with open(os.path.join(path, "config.json"), encoding="utf-8") as file:
                 config = json.load(file)
             with open(os.path.join(path, "log.jsonl"), encoding="utf-8") as file:
-                lines = [line for line in file if line.endswith("\n")]  # a torn last line is not counted
-            records = [record for record in map(json.loads, lines) if record["kind"] == "eval"]
-            weights = sorted({record["guidance"] for record in records} - {1})
-            if len(weights) > 1:
-                raise data.DataError(f"{path}: evaluated with several guidance weights {weights}, compare takes one")
-            by_step = {guided: {r["step"]: r for r in sorted(records, key=lambda r: r["step"])
-                                if (r["guidance"] != 1) == guided} for guided in (False, True)}
+                lines = [json.loads(line) for line in file if line.endswith("\n")]  # not a torn last line
+            records = {False: {}, True: {}}
+            for r in lines:
+                if r["kind"] == "eval":
+                    records[r["guidance"] != 1][r["step"]] = r
         except OSError as error:
             raise data.DataError(f"{error.filename}: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError) as error:
-            if isinstance(error, data.DataError):
-                raise
+        except (ValueError, KeyError, TypeError):
             raise data.DataError(f"{path}: damaged config.json or log.jsonl") from None
+        records = {guided: [by_step[step] for step in sorted(by_step)]
+                   for guided, by_step in records.items() if by_step}
         if not records:
             raise data.DataError(f"{path}: no evaluations in log.jsonl (train.py --eval-every)")
-        return Run(path, config, {guided: list(steps.values()) for guided, steps in by_step.items() if steps})
+        if len({r["guidance"] for r in records.get(True, [])}) > 1:
+            raise data.DataError(f"{path}: evaluated with several guidance weights, --compare takes one")
+        return Run(path, config, records)
 
-    def curve(self, guided, axis, value):
-        """(x, y) arrays of the evaluations that have the metric, or of the function, `value`."""
-        value = value if callable(value) else (lambda r, key=value: r.get(key))
-        points = [(AXES[axis][1](r), value(r)) for r in self.records.get(guided, []) if value(r) is not None]
+    def curve(self, guided, axis, metric):
+        """Arrays x [n] and y [n]: the evaluations that have the metric; n = 0 where there are none."""
+        points = [(AXES[axis][1](r), r[metric]) for r in self.records.get(guided, []) if metric in r]
         return np.array(points, dtype=np.float64).reshape(-1, 2).T
 
-    def at(self, guided, axis, value, x):
-        """The curve's linear interpolation at x, never beyond its ends."""
-        xs, ys = self.curve(guided, axis, value)
-        assert xs[0] <= np.min(x) and np.max(x) <= xs[-1]
+    def has(self, guided, axis, metric):
+        return self.curve(guided, axis, metric).size > 0
+
+    def at(self, guided, axis, metric, x):
+        xs, ys = self.curve(guided, axis, metric)
+        assert xs[0] <= np.min(x) and np.max(x) <= xs[-1], "extrapolation"
         return np.interp(x, xs, ys)
 
 
-def group(paths):
+def group_runs(paths):
     """{arm name: [Run]} of run folders; data.DataError where runs cannot be compared with the first one."""
-    runs, arms, names = [Run.load(path) for path in dict.fromkeys(map(os.path.normpath, paths))], {}, {}
+    runs = [Run.load(path) for path in dict.fromkeys(map(os.path.normpath, paths))]
+    by_config, arms = {}, {}
     for run in runs:
         for key in COMPARABLE:
-            a, b = runs[0].config.get(key), run.config.get(key)
-            if a != b:
-                raise data.DataError(f"{run.path}: {key} is {b}, but {a} in {runs[0].path}: not comparable")
-        same = {key: SEED_SUFFIX.sub("", v) if isinstance(v, str) else v for key, v in run.config.items()
-                if key not in ("seed", "out")}
-        arms.setdefault(json.dumps(same, sort_keys=True), []).append(run)
-    for runs in arms.values():
-        name = SEED_SUFFIX.sub("", os.path.basename(os.path.abspath(runs[0].path)))
-        while name in names:
+            first, here = runs[0].config.get(key), run.config.get(key)
+            if first != here:
+                raise data.DataError(f"{run.path} and {runs[0].path} cannot be compared: {key} is {here} "
+                                     f"and {first}")
+        same = {key: SEED_SUFFIX.sub("", value) if isinstance(value, str) else value  # also in a guide's path
+                for key, value in run.config.items() if key not in ("seed", "out")}
+        by_config.setdefault(json.dumps(same, sort_keys=True), []).append(run)
+    for arm in by_config.values():
+        name = SEED_SUFFIX.sub("", os.path.basename(os.path.abspath(arm[0].path)))
+        while name in arms:
             name += "'"  # another configuration under the same name
-        names[name] = runs
-    return names
-
-
-def common_range(runs, axis, metrics):
-    """The interval of `axis` that all curves of these runs cover."""
-    ends = [(xs[0], xs[-1]) for run in runs for guided in run.records for metric in metrics
-            for xs, _ in [run.curve(guided, axis, metric)] if len(xs)]
-    low, high = max(first for first, _ in ends), min(last for _, last in ends)
-    if high < low:
-        raise data.DataError(f"the runs' evaluations have no {AXES[axis][0]} in common: train the shortest run longer")
-    return low, high
+        arms[name] = arm
+    return arms
 
 
 def comparison_table(arms, axis, metrics):
-    """Markdown: one row per arm at the largest common point of `axis`, mean ± std over its runs."""
+    """Markdown: one row per arm at the largest `axis` that all curves reach, mean ± std over its runs."""
     runs = [run for arm in arms.values() for run in arm]
-    x = common_range(runs, axis, metrics)[1]
-    columns = [(metric, guided) for metric in metrics for guided in (False, True)
-               if any(len(run.curve(guided, axis, metric)[0]) for run in runs)]
-    head = ["arm", "runs"] + [metric + (", guided" if guided else "") for metric, guided in columns]
-    rows = [head + ["selection", "ms/step"], ["---"] + ["---:"] * (len(head) + 1)]
+    curves = [(key, xs) for key in itertools.product(metrics, (False, True)) for run in runs
+              for xs, _ in [run.curve(key[1], axis, key[0])] if len(xs)]
+    low, x = max(xs[0] for _, xs in curves), min(xs[-1] for _, xs in curves)
+    if x < low:
+        raise data.DataError(f"the runs have no {AXES[axis][0]} in common: train longer, or evaluate earlier")
+    columns = list(dict.fromkeys(key for key, _ in curves))
+    head = [metric + (", guided" if guided else "") for metric, guided in columns]
+    rows = [["arm", "runs", *head, "selection", "ms/step"], ["---"] + ["---:"] * (len(head) + 3)]
     for name, arm in arms.items():
-        row = [name, str(len(arm))]
-        for metric, guided in columns:
-            have = [run for run in arm if len(run.curve(guided, axis, metric)[0])]
-            row.append(_mean_std([run.at(guided, axis, metric, x) for run in have]) if have else "")
-        seconds, selecting, steps = (np.array([run.at(min(run.records), axis, lambda r, key=key: r[key], x)
-                                               for run in arm]) for key in ("seconds", "select_seconds", "step"))
-        row.append(f"{100 * np.mean(selecting / np.maximum(seconds, 1e-9)):.0f}%")
-        rows.append(row + [f"{1000 * np.mean(seconds / np.maximum(steps, 1)):.3g}"])
+        cells = [_mean_std([run.at(guided, axis, metric, x) for run in arm if run.has(guided, axis, metric)])
+                 for metric, guided in columns]
+        seconds, selecting, steps = (np.array([run.at(min(run.records), axis, key, x) for run in arm])
+                                     for key in ("seconds", "select_seconds", "step"))
+        share = np.mean(selecting / np.maximum(seconds, 1e-9))
+        speed = 1000 * np.mean(seconds / np.maximum(steps, 1))
+        rows.append([name, str(len(arm)), *cells, f"{100 * share:.0f}%", f"{speed:.3g}"])
     note = "" if axis == "examples" else " (guide and reference training counted, evaluation not)"
-    return "\n".join([f"At {round(x, 1):,g} {AXES[axis][0]}{note}, mean ± std over runs:", ""]
+    return "\n".join([f"At {f'{x:,.1f}'.removesuffix('.0')} {AXES[axis][0]}{note}, mean ± std over runs:", ""]
                      + [f"| {' | '.join(row)} |" for row in rows])
 
 
 def _mean_std(values):
-    mean, std = np.mean(values), np.std(values, ddof=1) if len(values) > 1 else None
-    digits = 3 if abs(mean) < 10 else 2
-    return f"{mean:.{digits}f}" + ("" if std is None else f" ± {std:.{digits}f}")
+    if not values:
+        return ""
+    digits = int(np.clip(2 - np.floor(np.log10(max(abs(np.mean(values)), 1e-9))), 2, 6))
+    std = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{std}"
 
 
 def compare(paths, out="compare.png", metric=None):
-    """Compare run folders: returns the two tables as Markdown and draws `metric` (None = the first) to `out`."""
-    arms = group(paths)
-    runs = [run for arm in arms.values() for run in arm]
-    metrics = [key for key in dict.fromkeys(key for run in runs for records in run.records.values()
-                                            for r in records for key in r) if key not in NOT_METRICS]
-    metric = metric or next(iter(metrics), None)
-    if metric not in metrics:
+    """Compare run folders: returns both tables as Markdown and draws `metric` (None = the first) to `out`."""
+    arms = group_runs(paths)
+    records = [r for arm in arms.values() for run in arm for records in run.records.values() for r in records]
+    metrics = list(dict.fromkeys(key for r in records for key in r if key not in NOT_METRICS))
+    if not metrics or metric and metric not in metrics:
         raise data.DataError(f"--metric {metric}: the runs have {', '.join(metrics) or 'no metrics'}")
+    metric = metric or metrics[0]
     tables = "\n\n".join(comparison_table(arms, axis, metrics) for axis in AXES)
-    panels = [{"title": f"{metric} against {AXES[axis][0]}", "x": AXES[axis][0], "y": metric,
-               "lines": _arm_lines(arms, axis, metric)} for axis in ("seconds", "examples")]
-    line_chart(panels, out)
+    line_chart([{"title": f"{metric} against {AXES[axis][0]}", "x": AXES[axis][0],
+                 "lines": _arm_lines(arms, axis, metric)} for axis in ("seconds", "examples")], out)
     return tables
 
 
 def _arm_lines(arms, axis, metric):
-    """The chart's lines: each arm's mean over its runs, with a band of one standard deviation."""
+    """Lines for line_chart: each arm's mean and standard deviation over its runs, on their common range."""
     lines = []
     for color, (name, arm) in enumerate(arms.items()):
-        guided_too = any(len(run.curve(True, axis, metric)[0]) for run in arm)
-        for guided in (True, False) if guided_too else (False,):
-            have = [run for run in arm if len(run.curve(guided, axis, metric)[0])]
-            if not have:
+        curves = {guided: [run for run in arm if run.has(guided, axis, metric)] for guided in (True, False)}
+        for guided, runs in curves.items():
+            if not runs:
                 continue
-            ends = [run.curve(guided, axis, metric)[0][[0, -1]] for run in have]
-            x = np.linspace(max(e[0] for e in ends), min(e[1] for e in ends), 200)
-            y = np.stack([run.at(guided, axis, metric, x) for run in have])  # [runs, 200]
-            lines.append({"name": name + (", guided" if guided else ", unguided" if guided_too else ""), "x": x,
-                          "y": y.mean(0), "std": y.std(0, ddof=1) if len(have) > 1 else None, "color": color,
-                          "thin": guided_too and not guided})
+            ends = np.array([run.curve(guided, axis, metric)[0][[0, -1]] for run in runs])  # [runs, 2]
+            x = np.linspace(ends[:, 0].max(), ends[:, 1].min(), 200)
+            y = np.stack([run.at(guided, axis, metric, x) for run in runs])  # [runs, 200]
+            suffix = ", guided" if guided else ", unguided" if curves[True] else ""
+            lines.append({"name": name + suffix, "x": x, "y": y.mean(0), "color": color,
+                          "std": y.std(0, ddof=1) if len(runs) > 1 else None,
+                          "thin": bool(curves[True]) and not guided})
     return lines
 
 
 # ------------------------------------------------------------------------------------------------------------
 # A line chart drawn with Pillow at twice its size, then reduced for smooth lines.
 
-COLORS = ["#1f5fa8", "#d1495b", "#2e8b57", "#e08e1b", "#7b4ea3", "#159aa8", "#8c5a3c", "#d35fa5", "#555555", "#9aa51f"]
+COLORS = ["#1f5fa8", "#d1495b", "#2e8b57", "#e08e1b", "#7b4ea3", "#159aa8", "#8c5a3c", "#d35fa5", "#555555",
+          "#9aa51f"]
 
 
 def line_chart(panels, path, width=1240, height=420):
-    """Draw panels side by side and a legend with final values below them.
+    """Write panels side by side to a PNG, and below them the first panel's lines by name with final values.
 
-    panels: dicts of "title", "x", "y" (axis names) and "lines": dicts of "name", "x", "y" (arrays), and optionally
-    "std" (band around y), "color" (index into COLORS), "thin" (thin and dashed). The legend lists the first panel's.
+    panels: dicts of "title", "x" (the axis' name) and "lines": dicts of "name", "x" [n], "y" [n], optionally
+    "std" [n] (a band around y), "color" (index into COLORS), "thin" (thin and dashed).
     """
+    panels = [{**panel, "lines": [{"color": i, "std": None, "thin": False, **line}
+                                  for i, line in enumerate(panel["lines"])]} for panel in panels]
     legend, columns = panels[0]["lines"], 3
-    for panel in panels:
-        for i, line in enumerate(panel["lines"]):
-            line.setdefault("color", i)
     rows = -(-len(legend) // columns)
     image = Image.new("RGB", (2 * width, 2 * (height + 22 * rows + 14)), "white")
     for i, panel in enumerate(panels):
-        left = i * width // len(panels)
-        _draw_panel(image, panel, 2 * np.array([left + 66, 34, left + width // len(panels) - 22, height - 48]))
+        left, right = i * width // len(panels), (i + 1) * width // len(panels)
+        _draw_panel(image, panel, (2 * left + 132, 68, 2 * right - 44, 2 * height - 96))
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(26)
     for i, line in enumerate(legend):
-        x, y = 2 * (66 + i // rows * (width - 66) // columns), 2 * (height + 6 + 22 * (i % rows))
+        x, y = 132 + i // rows * 2 * (width - 66) // columns, 2 * (height + 6 + 22 * (i % rows))
         _draw_line(draw, [(x, y + 16), (x + 56, y + 16)], line)
         draw.text((x + 70, y), f"{line['name']}  {_number(line['y'][-1])}", "black", font)
-    buffer = image.resize((image.width // 2, image.height // 2), Image.LANCZOS)
-    _write(path, lambda file: buffer.save(file, "PNG"))
+    small = image.resize((image.width // 2, image.height // 2), Image.LANCZOS)
+    _write(path, lambda file: small.save(file, "PNG"))
 
 
 def _draw_panel(image, panel, box):
-    """Axes, ticks, bands and lines of one panel within box = (left, top, right, bottom) of the doubled picture."""
-    left, top, right, bottom = (int(v) for v in box)
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(24)
-    std = [np.zeros(1) if line.get("std") is None else line["std"] for line in panel["lines"]]
-    xs = np.concatenate([line["x"] for line in panel["lines"]])
-    ys = np.concatenate([np.concatenate([line["y"] - s, line["y"] + s]) for line, s in zip(panel["lines"], std)])
+    """Axes, ticks, bands and lines of one panel; its axes span box = (left, top, right, bottom) in pixels."""
+    left, top, right, bottom = box
+    lines, draw, font = panel["lines"], ImageDraw.Draw(image), ImageFont.load_default(24)
+    xs = np.concatenate([line["x"] for line in lines])
+    ys = np.concatenate([line["y"] + sign * (0 if line["std"] is None else line["std"])
+                         for line in lines for sign in (-1, 1)])
     x_ticks, y_ticks = _ticks(xs.min(), xs.max()), _ticks(ys.min(), ys.max())
-    x0, x1, y0, y1 = min(xs.min(), x_ticks[0]), xs.max(), min(ys.min(), y_ticks[0]), max(ys.max(), y_ticks[-1])
+    x0, x1 = min(xs.min(), x_ticks[0]), max(xs.max(), x_ticks[-1])
+    y0, y1 = min(ys.min(), y_ticks[0]), max(ys.max(), y_ticks[-1])
 
     def place(x, y):
-        return list(zip(left + (np.asarray(x) - x0) / (x1 - x0 or 1) * (right - left),
-                        bottom - (np.asarray(y) - y0) / (y1 - y0 or 1) * (bottom - top)))
+        return list(zip(left + (np.asarray(x) - x0) / (x1 - x0) * (right - left),
+                        bottom - (np.asarray(y) - y0) / (y1 - y0) * (bottom - top)))
     for tick in x_ticks:
-        (x, _), = place([tick], [y0])
+        x = place([tick], [y0])[0][0]
         draw.line([(x, top), (x, bottom)], "#e8e8e8", 2)
         draw.text((x, bottom + 10), _number(tick), "black", font, anchor="ma")
     for tick in y_ticks:
-        (_, y), = place([x0], [tick])
+        y = place([x0], [tick])[0][1]
         draw.line([(left, y), (right, y)], "#e8e8e8", 2)
         draw.text((left - 12, y), _number(tick), "black", font, anchor="rm")
-    for line, s in zip(panel["lines"], std):
-        if line.get("std") is not None:  # a translucent band needs its own layer
+    for line in lines:
+        if line["std"] is not None:  # a translucent band is pasted through a mask
             mask = Image.new("L", image.size)
-            edge = place(line["x"], line["y"] + s) + place(line["x"], line["y"] - s)[::-1]
-            ImageDraw.Draw(mask).polygon(edge, fill=24 if line.get("thin") else 48)
-            image.paste(Image.new("RGB", image.size, COLORS[line["color"] % len(COLORS)]), mask=mask)
+            edge = place(line["x"], line["y"] + line["std"]) + place(line["x"], line["y"] - line["std"])[::-1]
+            ImageDraw.Draw(mask).polygon(edge, fill=24 if line["thin"] else 48)
+            image.paste(COLORS[line["color"] % len(COLORS)], (0, 0, *image.size), mask)
     draw.line([(left, top), (left, bottom), (right, bottom)], "#444444", 3)
-    for line in sorted(panel["lines"], key=lambda line: not line.get("thin")):
+    for line in sorted(lines, key=lambda line: not line["thin"]):
         _draw_line(draw, place(line["x"], line["y"]), line)
-    bold = ImageFont.load_default(28)
-    draw.text(((left + right) / 2, top - 50), panel["title"], "black", bold, anchor="ma")
-    draw.text(((left + right) / 2, bottom + 48), panel["x"], "black", font, anchor="ma")
+    middle = (left + right) / 2
+    draw.text((middle, top - 50), panel["title"], "black", ImageFont.load_default(28), anchor="ma")
+    draw.text((middle, bottom + 48), panel["x"], "black", font, anchor="ma")
 
 
 def _draw_line(draw, points, line):
-    color = COLORS[line["color"] % len(COLORS)]
-    if not line.get("thin"):
-        return draw.line(points, color, 6, joint="curve")
-    points = np.array(points)  # [n, 2]
-    length = np.concatenate([[0], np.cumsum(np.hypot(*np.diff(points, axis=0).T))])
+    color, points = COLORS[line["color"] % len(COLORS)], np.array(points, dtype=np.float64)  # [n, 2]
+    if not line["thin"]:
+        return draw.line([tuple(p) for p in points], color, 6, joint="curve")
+    length = np.concatenate([[0], np.hypot(*np.diff(points, axis=0).T).cumsum()])
     for start in np.arange(0, length[-1], 22):  # dashes of 14 pixels, gaps of 8
         at = np.linspace(start, min(start + 14, length[-1]), 8)
-        draw.line([(np.interp(s, length, points[:, 0]), np.interp(s, length, points[:, 1])) for s in at], color, 3)
+        dash = zip(np.interp(at, length, points[:, 0]), np.interp(at, length, points[:, 1]))
+        draw.line(list(dash), color, 3)
 
 
 def _ticks(low, high, count=6):
-    """About `count` round numbers (1, 2 or 5 times a power of ten) that cover low to high from below."""
-    rough = (high - low or abs(high) or 1) / count
-    power = 10 ** np.floor(np.log10(rough))
+    """About `count` multiples of 1, 2 or 5 times a power of ten, from at most low up to at most high."""
+    if high - low < 1e-9 * max(abs(high), 1e-9):
+        high = low + (abs(low) or 1)
+    rough = (high - low) / count
+    power = 10.0 ** np.floor(np.log10(rough))
     step = power * next(m for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9))
     return np.arange(np.floor(low / step + 1e-9), np.floor(high / step + 1e-9) + 1) * step
 
 
 def _number(value):
     """A short label: 0.931, 12.3, 4,500, 60k, 16.5M."""
-    for unit, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if abs(value) >= unit:
-            return f"{value / min(unit, 1e3 if letter == 'k' else unit):.4g}{letter}"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}" if value else "0"
+    for least, unit, letter in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if abs(value) >= least:
+            return f"{value / unit:.4g}{letter}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -823,35 +848,31 @@ def _number(value):
 def build_parser():
     parser = argparse.ArgumentParser(
         description="Score two image sets, compare training runs, or fit a feature network.",
-        epilog="REAL, FAKE, DATA: an image folder, a zip, a dataset as data.py reads it, an .npz of images, or (REAL "
-               "and FAKE) an .npz of statistics (mu, sigma).")
-    add = parser.add_argument
-    add("paths", nargs="*", metavar="PATH", help="REAL FAKE, or one DATA for the options that take one")
-    group = parser.add_argument_group("features")
-    add = group.add_argument
-    add("--features", default="inception", metavar="NAME", help="inception, or own:CKPT (default inception)")
-    add("--inception-weights", metavar="FILE", help="FID weights (default $FID_INCEPTION_WEIGHTS, else torch's hub "
-        "cache, else a download)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or mps (default %(default)s)")
-    add("--batch", type=int, default=128, help="images a pass (default %(default)s)")
-    add("--size", type=int, help="center-crop and resize to this many pixels (default: keep)")
-    add("--num", type=int, help="use this many evenly spaced images of each side (default: all)")
-    group = parser.add_argument_group("output")
-    add = group.add_argument
-    add("--save-stats", metavar="FILE.npz", help="write the statistics of the first path")
-    add("--save-features", metavar="FILE.npy", help="write the float32 features of DATA, for data.py --features")
-    add("--noise-floor", action="store_true", help="score the even against the odd images of DATA")
-    group = parser.add_argument_group("own features")
-    add = group.add_argument
-    add("--fit", metavar="CKPT", help="train a small classifier on labelled DATA, keep a tenth out, write it to CKPT")
-    add("--epochs", type=int, default=15, help="passes over the data (default %(default)s; on a CPU try 4)")
-    add("--width", type=int, default=64, help="channels of the first layer; features are 8 times as many "
-        "(default %(default)s; on a CPU try 12)")
-    group = parser.add_argument_group("comparison")
-    add = group.add_argument
-    add("--compare", nargs="+", metavar="RUN", help="run folders; those that differ only in the seed form an arm")
-    add("--metric", help="the metric to draw (default: the first logged)")
-    add("--out", default="compare.png", metavar="FILE", help="the chart (default %(default)s)")
+        epilog="REAL, FAKE, DATA: a folder or zip of images, any dataset that data.py reads, an .npz of "
+               "images; REAL and FAKE also an .npz of statistics (mu, sigma).", allow_abbrev=False)
+    parser.add_argument("paths", nargs="*", metavar="PATH", help="REAL FAKE, or DATA for flags that take one")
+    g = parser.add_argument_group("features")
+    g.add_argument("--features", default="inception", help="inception (default), own:CKPT or pixels")
+    g.add_argument("--inception-weights", metavar="FILE", help="FID weights (default: the file "
+                   "$FID_INCEPTION_WEIGHTS, else the one in torch's hub cache, else a download)")
+    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                   help="cpu, cuda or mps (default %(default)s)")
+    g.add_argument("--batch", type=int, default=128, help="images a pass (default %(default)s)")
+    g.add_argument("--size", type=int, help="center-crop and resize to this many pixels (default: as is)")
+    g.add_argument("--num", type=int, help="evenly spaced images to use of each set (default: all)")
+    g = parser.add_argument_group("output")
+    g.add_argument("--save-stats", metavar="FILE.npz", help="write the statistics of the first set")
+    g.add_argument("--save-features", metavar="FILE.npy", help="write DATA's features [N, d], for data.py")
+    g.add_argument("--noise-floor", action="store_true", help="score the even against the odd images of DATA")
+    g = parser.add_argument_group("own features")
+    g.add_argument("--fit", metavar="CKPT", help="fit a small classifier to nine tenths of labelled DATA")
+    g.add_argument("--epochs", type=int, help="passes over DATA (default 15 on CUDA, else 3)")
+    g.add_argument("--width", type=int, help="channels of the first layer, an eighth of the number of "
+                   "features (default 64 on CUDA, else 8)")
+    g = parser.add_argument_group("comparison")
+    g.add_argument("--compare", nargs="+", metavar="RUN", help="run folders; seeds of one arm are averaged")
+    g.add_argument("--metric", help="metric to draw (default: the first in the log)")
+    g.add_argument("--out", default="compare.png", metavar="FILE", help="the chart (default %(default)s)")
     return parser
 
 
@@ -869,15 +890,16 @@ def check(args):
         folder = os.path.dirname(getattr(args, flag) or "") or "."
         if not os.path.isdir(folder):
             raise data.DataError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: no folder {folder}")
-    one = [flag for flag in ("fit", "noise-floor", "save-features", "compare") if getattr(args, flag.replace("-", "_"))]
+    one = [flag for flag in ("fit", "noise-floor", "save-features", "compare")
+           if getattr(args, flag.replace("-", "_"))]
     if len(one) > 1:
         raise data.DataError(f"--{one[0]} and --{one[1]} are separate commands")
     wanted = [0] if args.compare else [1] if one else [1, 2] if args.save_stats else [2]
     if one and one[0] != "fit" and any(map(is_statistics, args.paths)):
         raise data.DataError(f"{args.paths[0]}: statistics, but --{one[0]} needs images")
     if len(args.paths) not in wanted:
-        raise data.DataError(f"{len(args.paths)} paths given: two (REAL FAKE) are scored, one (DATA) goes with --fit, "
-                             "--noise-floor, --save-stats or --save-features, none with --compare")
+        raise data.DataError(f"{len(args.paths)} paths given: two (REAL FAKE) are scored, one (DATA) goes "
+                             "with --fit, --noise-floor, --save-stats, --save-features, none with --compare")
 
 
 def is_statistics(path):
@@ -901,7 +923,7 @@ def run(args):
     scorer = Scorer(args.features, args.device, args.inception_weights) if datasets else None
     for path, stored in summaries.items() if scorer else ():
         if stored.features_id != scorer.id:
-            raise data.DataError(f"{path}: statistics of {stored.features_id}, but --features gives {scorer.id}")
+            raise data.DataError(f"{path}: statistics of {stored.features_id}, --features gives {scorer.id}")
     index = {path: evenly_spaced(len(dataset), args.num) for path, dataset in datasets.items()}
     if args.save_features:
         (path, dataset), = datasets.items()
@@ -909,7 +931,7 @@ def run(args):
         return _write(args.save_features, lambda file: np.save(file, features))
     if args.noise_floor:
         (path, dataset), = datasets.items()
-        halves = [scorer.summary(dataset, args.batch, index[path][i::2], label=f"half {i + 1}") for i in (0, 1)]
+        halves = [scorer.summary(dataset, args.batch, index[path][i::2], label=path) for i in (0, 1)]
         return print("noise floor: " + score_line(*halves, args.device))
     for path, dataset in datasets.items():
         summaries[path] = scorer.summary(dataset, args.batch, index[path], label=path)

@@ -89,11 +89,12 @@ def heun(denoiser, noise, labels=None, steps=32, sigma_min=0.002, sigma_max=80.0
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Samples by seed, in batches of one fixed size (the last is padded): one compiled graph, and the same sample whatever
-# the number asked for.
+# Samples by seed, in batches of one size (a multiple of 16; the last is padded): one compiled graph, and the same sample
+# to the last bit whatever the batch, since matrix kernels round differently for a handful of rows.
 
 def generate(denoiser, seeds, labels=None, batch=256, device="cpu", **sampler):
     """Yield samples [<= batch, ...] for seeds [N] and labels int64 [N] or None; `sampler` goes to `heun`."""
+    batch = -(-batch // 16) * 16
     for start in range(0, len(seeds), batch):
         part = list(seeds[start:start + batch])
         count, part = len(part), part + [part[-1]] * (batch - len(part))

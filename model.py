@@ -266,6 +266,11 @@ class Denoiser(torch.nn.Module):
         D_x = self(x0 + sigma.reshape(-1, *[1] * (x0.ndim - 1)) * noise, sigma, labels)
         return per_example_loss(D_x, x0, sigma, self.sigma_data), D_x
 
+    def loss_of_zero(self, x0, noise, sigma):
+        """The loss [N] of the trivial denoiser c_skip x (F = 0), without running the network."""
+        s = sigma.reshape(-1, *[1] * (x0.ndim - 1))
+        return per_example_loss(preconditioning(s, self.sigma_data)[0] * (x0 + s * noise), x0, sigma, self.sigma_data)
+
 
 def build(config):
     """A Denoiser from its plain configuration: net, kind, shape, channels, classes, dropout, sigma_data."""

@@ -30,9 +30,8 @@ else:
 # Gumbel-top-k: sampling without replacement from softmax(logits), with inverse inclusion probabilities.
 
 def gumbel(*shape, like, generator=None):
-    """Standard Gumbel noise of `shape` on the device of `like`, fp32."""
-    exponential = torch.empty(shape, device=like.device).exponential_(generator=generator)
-    return exponential.clamp_min_(1e-37).log_().neg_()
+    """Standard Gumbel noise -log(-log u) of `shape` on the device of `like`, fp32; several times as fast as exponential_."""
+    return torch.rand(shape, device=like.device, generator=generator).log_().neg_().log_().neg_()
 
 
 def gumbel_top_k(logits, k, generator=None):
@@ -74,24 +73,23 @@ def jest(score, k, chunks=16, generator=None):
 # ---------------------------------------------------------------------------------------------------------------
 # Scores: what makes an example worth training on.
 
-SCORES = ("learnability", "hard", "easy", "log-loss", "log-excess")
-NEEDS_REFERENCE = ("learnability", "easy", "log-excess")
+SCORES = ("learnability", "hard", "easy", "gradient-norm", "target-norm")
+NEEDS_REFERENCE = ("learnability", "easy")
 
 
 def score(learner, reference, kind="learnability", invert=False, gain=0.0):
     """Per-example scores [B] from the losses [B] of learner and reference on the same sigma and noise.
 
     kind: "learnability" = learner - reference, "hard" = learner, "easy" = -reference (2406.17711, section 3.1).
-    "log-loss" = log(learner) / 2: softmax of it draws in proportion to the root of the loss, which is the gradient
-    norm with respect to the raw network's output up to a constant; "log-excess" = log|learner - reference| / 2.
-    gain > 0 standardizes the scores over the super-batch and multiplies them by gain; 0 leaves them as they are.
-    `reference` may be None for the kinds that are not in NEEDS_REFERENCE.
+    "gradient-norm" = log(learner + 0.1) / 2: its softmax draws in proportion to the root of the loss, the norm of the
+    gradient with respect to the raw network's output up to a constant; 0.1 bounds the weights of --debias.
+    "target-norm" is the same with the loss of F = 0, which no network needs to be run for. `reference` may be None
+    for the kinds that are not in NEEDS_REFERENCE. gain > 0 standardizes the scores over the super-batch and
+    multiplies them by gain; 0 leaves them as they are.
     """
-    if kind in ("learnability", "log-excess"):
-        s = learner - reference
+    if kind in ("gradient-norm", "target-norm"):
+        s = (learner + 0.1).log() / 2
     else:
-        s = learner if kind in ("hard", "log-loss") else -reference
-    if kind.startswith("log"):
-        s = s.abs().clamp_min(1e-12).log() / 2
+        s = {"learnability": lambda: learner - reference, "hard": lambda: learner, "easy": lambda: -reference}[kind]()
     s = -s if invert else s
     return gain * (s - s.mean()) / s.std().clamp_min(1e-12) if gain else s

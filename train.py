@@ -128,6 +128,7 @@ def build_parser():
     g.add_argument("--dro-steps", type=int, help="steps of the proxy under --dro auto (default: the guide's)")
     g.add_argument("--eta", type=float, default=0.01, help="step size of the class weights")
     g.add_argument("--smoothing", type=float, default=1e-3, help="share of uniform weights mixed in")
+    g.add_argument("--min-count", type=int, default=2, help="a class with fewer examples in a batch counts as absent")
     g.add_argument("--class-weights", help="class_weights.json to train with")
     g.add_argument("--reweight", choices=["loss", "sampling"], default="loss", help="how the weights act")
 
@@ -166,10 +167,14 @@ def resolve(args, dataset):
         (min(config["batch"], config["steps"], config["channels"], config["guide_batch"], config["guide_steps"],
              config["guide_channels"], config["log_every"], config["sampling_steps"]) > 0,
          "--batch, --steps, --channels, --log-every, --sampling-steps and the --guide-... sizes must be positive"),
+        (min(config["micro_batch"], config["minutes"], config["warmup"], config["eval_every"], config["eval_samples"]) >= 0,
+         "--micro-batch, --minutes, --warmup, --eval-every and --eval-samples must not be negative (0 = off)"),
         (config["lr"] > 0 and config["P_std"] > 0 and config["sigma_max"] > 0.002, "--lr, --P-std, --sigma-max: positive"),
         (0 < config["chunks"], "--chunks must be positive"),
         (0 <= config["dropout"] < 1 and 0 <= config["label_dropout"] < 1, "--dropout and --label-dropout: in [0, 1)"),
         (all(0 < std < 0.28 for std in config["ema"]), "--ema lengths must lie between 0 and 0.28"),
+        (config["score"] != "target-norm" or not (config["interpolate"] or config["until_better"] or config["once_better"]),
+         "--score target-norm runs no network: without --interpolate, --until-better and --once-better"),
         (not (config["until_better"] and config["once_better"]), "--until-better and --once-better exclude each other"),
         (dataset.kind == "tree" or dataset.shape[-1] == dataset.shape[-2] and dataset.shape[-1] % 8 == 0,
          f"--size: the UNet needs square images of a multiple of 8 pixels, not {list(dataset.shape)}"),
@@ -180,7 +185,7 @@ def resolve(args, dataset):
         (config["selector"] != "ajest" or config["guide"] not in ("none", "self"), "--selector ajest needs a --guide"),
         (config["guide"] != "self" or config["label_dropout"] > 0 or config["net_classes"] == 0,
          "--guide self needs training with --label-dropout, e.g. 0.1"),
-        (config["eta"] > 0 and 0 <= config["smoothing"] < 1, "--eta must be positive, --smoothing in [0, 1)"),
+        (config["eta"] > 0 and 0 <= config["smoothing"] < 1 and config["min_count"] > 0, "--min-count and --eta must be positive, --smoothing in [0, 1)"),
     ]
     for passed, message in checks:
         if not passed:
@@ -393,6 +398,8 @@ class Curator:
 
     def _losses(self, x0, noise, sigma, labels):
         """Per-example losses [B] of learner (or of the autoguided pair, "interpolated AJEST") and reference."""
+        if self.config["score"] == "target-norm":
+            return self.state.denoiser.loss_of_zero(x0, noise, sigma), None
         learner, D_x = self.state.denoiser.loss(x0, noise, sigma, labels)
         if self.reference is None:
             return learner, None
@@ -478,6 +485,8 @@ class Dro:
     def update(self, loss, x0, noise, sigma, labels, ranks):
         excess = loss - self.losses(x0, noise, sigma, labels)
         excess, labels = ranks.gather(excess), ranks.gather(labels % len(self.counts))
+        count = torch.zeros_like(self.counts).index_add_(0, labels, torch.ones_like(excess))
+        excess = torch.where(count[labels] >= self.config["min_count"], excess, 0.0)
         self.log_alpha = data.dro_update(self.log_alpha, excess, labels, self.config["eta"], self.config["smoothing"])
         self.sum_alpha += self.log_alpha.exp()
         self.steps += 1
@@ -488,11 +497,18 @@ class Dro:
     def load_state_dict(self, state):
         self.log_alpha, self.sum_alpha, self.steps = (state[k] for k in ("log_alpha", "sum_alpha", "steps"))
 
-    def write(self, path, names):
-        mean = self.class_weights(self.sum_alpha / max(self.steps, 1))
-        c = self.config
-        write_json(path, dict(format=1, classes=dict(zip(names, mean.tolist())), eta=c["eta"], smoothing=c["smoothing"],
-                              steps=self.steps, reference=str(c["dro"]), data=c["data"], fingerprint=c["data_fingerprint"]))
+    def write(self, out, records):
+        """class_weights.json, and class_weights.png: the path of the weights over the steps."""
+        c, names = self.config, self.config["class_names"]
+        mean = self.class_weights(self.sum_alpha / max(self.steps, 1)).tolist()
+        write_json(out / "class_weights.json", dict(
+            format=1, classes=dict(zip(names, mean)), eta=c["eta"], smoothing=c["smoothing"], steps=self.steps,
+            reference=str(c["dro"]), data=c["data"], fingerprint=c["data_fingerprint"]))
+        path = [(r["step"], r["class_weights"]) for r in records if "class_weights" in r]
+        if path and len(names) <= 20:
+            steps, weights = np.array([p[0] for p in path]), np.array([p[1] for p in path])
+            lines = [dict(name=name, x=steps, y=weights[:, i], color=i) for i, name in enumerate(names)]
+            fid.line_chart([dict(title="class weights", x="steps of the proxy", lines=lines)], out / "class_weights.png")
 
 
 def read_class_weights(path, names):
@@ -535,7 +551,7 @@ class Journal:
     """log.jsonl and the progress line. Lines after `step` (a torn one too) are dropped, for a run that resumes there."""
 
     def __init__(self, path, step, title, quiet=False):
-        self.path, self.title, self.quiet, self.shown = path, title, quiet, 0.0
+        self.path, self.title, self.quiet = path, title, quiet
         self.records = read_log(path)
         self.keep(lambda r: r["step"] <= step)
 
@@ -552,12 +568,8 @@ class Journal:
             file.write(json.dumps(record) + "\n")
 
     def show(self, text, last=False):
-        """One line on a terminal, rewritten in place; elsewhere a line every ten seconds."""
-        now, terminal = time.monotonic(), sys.stderr.isatty()
-        if not self.quiet and (last or now - self.shown > (0.5 if terminal else 10)):
-            end = "\n" if last or not terminal else "\r"
-            print(f"{self.title}: {text}".ljust(100 if terminal else 0), end=end, file=sys.stderr, flush=True)
-            self.shown = now
+        if not self.quiet:
+            data.progress(f"{self.title}: {text}", last)
 
 
 class Interrupt:
@@ -644,6 +656,8 @@ def fit(config, dataset, out, guide_path=None, keep=None, class_weights=None, ev
             began += time.monotonic() - pause
             if interrupt.caught:
                 raise SystemExit(128 + interrupt.caught)
+    if dro and ranks.rank == 0:
+        dro.write(out, journal.records)
     if evaluate and len(evaluations(journal.records, progress["step"])) < len(evaluate.weights):
         run_evaluation(state, journal, evaluate)
     return journal.records
@@ -672,9 +686,8 @@ def make_curator(config, state, guide_path, device):
     """The Curator of a run, None for uniform batches. The reference is the guide, a checkpoint or the learner's EMA."""
     if config["selector"] == "uniform":
         return None
-    needed = config["score"] in select.NEEDS_REFERENCE or config["interpolate"] or config["until_better"] \
-        or config["once_better"]
-    if not needed:
+    rules = config["interpolate"] or config["until_better"] or config["once_better"]
+    if config["score"] not in select.NEEDS_REFERENCE and not rules:
         return Curator(config, state, None, device)
     if config["selector"] == "ajest":
         return Curator(config, state, load_matching(guide_path, "--guide", config, device), device)
@@ -787,7 +800,7 @@ class Evaluator:
         noise = torch.randn(n, 2, generator=data.stream(0, 0, "eval"))
         if self.real is None:  # where the exact denoiser's ODE takes the first 4,096
             self.real = fid.exact_endpoints(self.dataset, noise[:4096].to(self.device))
-        points = torch.cat([guide.heun(denoiser, part.to(self.device), **sampler) for part in noise.split(16_384)])
+        points = torch.cat([guide.heun(denoiser, part.to(self.device), **sampler) for part in noise.split(2048)])
         metrics = fid.tree_metrics(points, self.dataset, self.real)
         if unguided:
             metrics["score_error"] = fid.score_error(denoiser, self.dataset)
@@ -800,7 +813,7 @@ class Evaluator:
         labels = labels if c["net_classes"] else None
         batches = guide.generate(denoiser, range(n), labels, min(n, c["batch"]), self.device,
                                  steps=c["sampling_steps"], sigma_max=c["sigma_max"])
-        x = torch.cat([decode(x, c).cpu() for x in batches])
+        x = torch.cat([data.decode(x, c).cpu() for x in batches])
         metrics = {}
         if c["metrics"] != "none":
             scorer = fid.Scorer(c["metrics"], self.device)
@@ -809,11 +822,6 @@ class Evaluator:
         if unguided and self.held_out is not None:
             metrics["validation_loss"] = validation_loss(denoiser, self.dataset, self.held_out, c, self.device)
         return metrics, x[:80]
-
-
-def decode(x, config):
-    """Samples of a denoiser -> uint8 images or latents in their own scale."""
-    return data.pixels(x) if config["kind"] == "image" else data.unscale(x, config["latent_mean"], config["latent_std"])
 
 
 def validation_loss(denoiser, dataset, held_out, config, device, batch=256):
@@ -835,32 +843,28 @@ def validation_loss(denoiser, dataset, held_out, config, device, batch=256):
 
 def draw_tree(samples, tree, path, size=400, side=3.0):
     """samples: list of point sets [N, 2]. Panels of `size` pixels that show the square of this side around the origin."""
-    ticks = torch.linspace(-side / 2, side / 2, size)
+    ticks = (torch.arange(size) + 0.5) / size * side - side / 2
     cells = torch.stack(torch.meshgrid(ticks, -ticks, indexing="xy"), dim=-1).reshape(-1, 2)
-    panels = [tree.logp(cells.to(tree.device)).cpu().reshape(size, size)]
-    for points in samples:
-        counts, *_ = np.histogram2d(-points[:, 1].numpy(), points[:, 0].numpy(), bins=size, range=[[-side / 2, side / 2]] * 2)
-        panels.append(torch.from_numpy(counts * size ** 2 / (side ** 2 * len(points))).clamp_min(1e-9).log())
+    panels = [data.log_density_picture(tree.logp(cells.to(tree.device)).cpu().reshape(size, size))]
+    panels += [data.density_picture(points, size, side) for points in samples]
     titles = ["exact density", "unguided samples", "guided samples"]
     image = Image.new("RGB", (len(panels) * (size + 8) - 8, size + 24), "white")
     for i, (panel, title) in enumerate(zip(panels, titles)):
-        shade = 255 - (((panel + 4) / 7).clamp(0, 1) * 255).to(torch.uint8)  # log-density -4 white, 3 black
-        image.paste(Image.fromarray(shade.numpy()), (i * (size + 8), 24))
+        image.paste(panel, (i * (size + 8), 24))
         ImageDraw.Draw(image).text((i * (size + 8) + 4, 2), title, fill="black", font=ImageFont.load_default(16))
     save_image(image, path)
 
 
 def draw_images(samples, dataset, path):
     """samples: list of uint8 [<= 80, 3, H, W] image sets (latents: their first three channels, scaled)."""
-    classes = max(dataset.classes, 1)
-    columns = min(classes, 10)
+    columns = min(dataset.classes or 10, 10)
     rows = []
     for images in samples:
         if images.dtype != torch.uint8:
             images = images.float()[:, :3]
             images = ((images / images.std().clamp_min(1e-6)) * 50 + 128).clamp(0, 255).to(torch.uint8)
         images = images.expand(-1, 3, -1, -1)
-        rows.append(data.image_grid(images, columns if columns > 1 else 10))
+        rows.append(data.image_grid(images, columns))
     width, gap = rows[0].width, 8
     image = Image.new("RGB", (width, sum(r.height + gap for r in rows) - gap), "white")
     for i, row in enumerate(rows):
@@ -982,6 +986,8 @@ def run(args):
     """All stages: coreset, guide, class weights, the model itself, its evaluation. Returns the run folder."""
     dataset = (data.load(args.data, args.size) if args.data else data.Tree("A")).to(args.device)
     config = resolve(args, dataset)
+    if config["kind"] == "tree" and args.device == "cpu":
+        torch.set_num_threads(1)  # the tree's small matrices gain nothing from a second thread
     stem = Path(args.data).name.split(".")[0] if args.data else "tree"
     out = Path(args.out or f"runs/{stem}-{args.selector}")
     if args.dry_run:

@@ -3,7 +3,6 @@
 Each holds the code against an independent reference: a naive version, a closed form, a published layout. The long ones
 (random kills, the compiled UNet) run with SLOW_TESTS=1.
 """
-from pathlib import Path
 import io
 import json
 import math
@@ -14,18 +13,19 @@ import struct
 import subprocess
 import sys
 import tarfile
-import time
+import tempfile
 import warnings
 import zipfile
 import zlib
+from pathlib import Path
 
-from PIL import Image
-from scipy.stats import multivariate_normal
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from scipy.stats import multivariate_normal
 
 import data
 import fid

@@ -72,12 +72,12 @@ def heun(denoiser, noise, labels=None, steps=32, sigma_min=0.002, sigma_max=80.0
     the host, so that a guidance interval needs no device synchronization. steps denoiser calls for the Euler
     halves and steps - 1 for the corrections: 2 * steps - 1 in all.
     """
-    levels = noise_levels(steps, sigma_min, sigma_max, rho)
+    levels = noise_levels(steps, sigma_min, sigma_max, rho).tolist()
     x = noise * levels[0]
     for sigma, sigma_next in zip(levels[:-1], levels[1:]):
         if S_churn > 0 and S_min <= sigma <= S_max:  # raise the noise level by the factor 1 + gamma
-            sigma_hat = sigma * (1 + min(S_churn / steps, np.sqrt(2) - 1))
-            x = x + np.sqrt(sigma_hat ** 2 - sigma ** 2) * S_noise * fresh_noise()
+            sigma_hat = sigma * (1 + min(S_churn / steps, 2 ** 0.5 - 1))
+            x = x + (sigma_hat ** 2 - sigma ** 2) ** 0.5 * S_noise * fresh_noise()
             sigma = sigma_hat
         d = (x - denoiser(x, torch.tensor(sigma), labels)) / sigma  # dx / dsigma at sigma
         x_next = x + (sigma_next - sigma) * d

@@ -8,6 +8,7 @@ sampled from is in the checkpoint:
 """
 import math
 import os
+import zipfile
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ FORMAT = 1  # version of the checkpoint layout; a later one is refused
 
 class CheckpointError(ValueError):
     """A file that is not a usable checkpoint; the message is one line and names the file."""
+
+    def __init__(self, message):
+        super().__init__("".join(c if c.isprintable() else " " for c in str(message)))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -187,7 +191,8 @@ class UNet(torch.nn.Module):
             one_hot = one_hot.expand(len(x), -1).to(emb.dtype) * math.sqrt(self.classes)
             emb = mp_sum(emb, self.emb_class(one_hot), 0.5)
         emb = mp_silu(emb)
-        x = self.first(torch.cat([x, torch.ones_like(x[:, :1])], dim=1))
+        x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1).contiguous(memory_format=torch.channels_last)
+        x = self.first(x)
         skips = [x]
         for block in self.encoder:
             x = block(x, emb)
@@ -351,6 +356,9 @@ def save(path, checkpoint):
 def read(path, device="cpu"):
     """The checkpoint dictionary of a file that `save` wrote; CheckpointError for anything else."""
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load looks at no checksum, and inflates what is compressed
+            if any(m.compress_type for m in archive.infolist()) or archive.testzip():
+                raise ValueError
         checkpoint = torch.load(path, map_location=device, weights_only=True)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}") from None
@@ -370,14 +378,32 @@ def denoiser_from(checkpoint, path, ema=None, device="cpu"):
         key = next(iter(averages), None) if ema is None else str(float(ema))
         if ema != 0 and key not in averages:
             raise CheckpointError(f"{path}: no EMA of length {ema}, it has {', '.join(averages)} (--ema)")
+        check_config(config)
         with torch.device("meta"):  # shapes only: a hostile configuration allocates nothing
             denoiser = build(config)
         denoiser.load_state_dict({**checkpoint["model"], **(averages[key] if ema != 0 else {})}, assign=True)
+        denoiser = denoiser.to(device).float().eval().requires_grad_(False)
+        if not all(tensor.isfinite().all() for tensor in denoiser.state_dict().values()):
+            raise ValueError("its weights are not finite")
+        return denoiser.to(memory_format=torch.channels_last)
     except CheckpointError:
         raise
-    except Exception as error:
-        raise CheckpointError(f"{path}: not a denoiser of this program ({str(error).splitlines()[0][:80]})") from None
-    return denoiser.to(device).float().eval().requires_grad_(False)
+    except Exception as error:  # whatever a foreign dictionary leads to
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise CheckpointError(f"{path}: not a denoiser of this program ({reason})") from None
+
+
+def check_config(config):
+    """ValueError where a stored model configuration lacks the plain values that building and sampling rely on."""
+    shape, moments = config["shape"], [config.get(key) or [] for key in ("latent_mean", "latent_std")]
+    numbers = [config["sigma_data"], config.get("sigma_max", 1), config.get("guidance", 1), *moments[0], *moments[1]]
+    flat = config["net"] == "mlp"
+    if not (all(type(n) in (int, float) and math.isfinite(n) for n in numbers) and min(numbers[:2]) > 0
+            and all(type(n) is int and n > 0 for n in shape) and config["kind"] in ("tree", "image", "latent")
+            and flat == (config["kind"] == "tree") and (shape == [2] if flat else len(shape) == 3 and shape[1] == shape[2])
+            and all(len(m) in (0, shape[0]) for m in moments) and type(config["classes"]) is int
+            and config["classes"] >= 0 and all(type(name) is str for name in config.get("class_names", []))):
+        raise ValueError("its configuration")
 
 
 def load_denoiser(path, ema=None, device="cpu"):

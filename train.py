@@ -129,7 +129,7 @@ def build_parser():
     g.add_argument("--eta", type=float, default=0.01, help="step size of the class weights")
     g.add_argument("--smoothing", type=float, default=1e-3, help="share of uniform weights mixed in")
     g.add_argument("--min-count", type=int, default=2, help="a class with fewer examples in a batch counts as absent")
-    g.add_argument("--class-weights", help="class_weights.json to train with")
+    g.add_argument("--class-weights", help="class_weights.json to train with, or inverse (of frequency)")
     g.add_argument("--reweight", choices=["loss", "sampling"], default="loss", help="how the weights act")
 
     g = parser.add_argument_group("run")
@@ -288,9 +288,7 @@ class State:
     def __init__(self, config, device, ranks):
         self.config, self.device, self.ranks = config, device, ranks
         torch.manual_seed(data.stream(config["seed"], 0, "init").initial_seed())
-        self.denoiser = model.build(model_config(config)).to(device)
-        if device.type == "cuda":
-            self.denoiser = self.denoiser.to(memory_format=torch.channels_last)
+        self.denoiser = model.build(model_config(config)).to(device).to(memory_format=torch.channels_last)
         self.projected = model.projected_weights(self.denoiser)
         self.project = torch.compile(model.project) if config["compile"] and self.projected else model.project
         self.project(self.projected)
@@ -318,8 +316,18 @@ class State:
         c, step = self.config, self.progress["step"]
         return c["lr"] / math.sqrt(max(step / c["lr_decay"], 1)) * min(1, (step + 1) / (c["warmup"] + 1))
 
+    def drop_labels(self, labels):
+        """Labels [n] of which a share of `label_dropout` is -1, no label."""
+        if labels is None or not self.config["label_dropout"]:
+            return labels
+        generator = data.stream(self.config["seed"], self.progress["step"], "label", self.device)
+        drop, = self.ranks.rows(torch.rand(self.config["batch"], generator=generator, device=self.device))
+        return torch.where(drop < self.config["label_dropout"], -1, labels)
+
     def learn(self, x0, noise, sigma, labels, weight):
         """One optimizer step on b examples; returns their losses [b]. A non-finite gradient skips it on the device."""
+        if self.config["dropout"]:
+            torch.manual_seed(data.stream(self.config["seed"], self.progress["step"], "dropout").initial_seed())
         part, losses = self.config["micro_batch"] or len(x0), []
         for rows in zip(*[[None] * len(x0) if t is None else t.split(part) for t in (x0, noise, sigma, labels, weight)]):
             objective, loss = self.objective(*rows)
@@ -380,9 +388,6 @@ class Draw:
         ln_sigma = torch.randn(self.n, generator=data.stream(seed, step, "sigma", device), device=device)
         sigma = (self.config["P_mean"] + self.config["P_std"] * ln_sigma).exp()
         noise = torch.randn(x0.shape, generator=data.stream(seed, step, "noise", device), device=device)
-        if labels is not None and self.config["label_dropout"]:
-            drop = torch.rand(self.n, generator=data.stream(seed, step, "label", device), device=device)
-            labels = torch.where(drop < self.config["label_dropout"], -1, labels)
         return self.ranks.rows(x0, noise, sigma, labels, index)
 
 
@@ -436,7 +441,7 @@ class Curator:
         c, ranks = self.config, self.state.ranks
         learner, reference = self.measure(x0, noise, sigma, labels)
         whole = select.score(ranks.gather(learner), None if reference is None else ranks.gather(reference),
-                             c["score"], c["invert"], c["gain"])
+                             ranks.gather(sigma), c["score"], c["invert"], c["gain"])
         score = whole.view(ranks.world, -1)[ranks.rank]
         generator = data.stream(c["seed"], step, f"select{ranks.rank}" if ranks.rank else "select", self.device)
         k, weight = c["batch"] // ranks.world, None
@@ -469,7 +474,7 @@ class Curator:
 
 class Dro:
     def __init__(self, config, reference, counts, device):
-        self.config, self.counts = config, counts.to(device).float()  # [classes] examples trained from
+        self.config, self.counts = config, counts.to(device)  # [classes] examples trained from
         self.losses = model.accelerate(lambda *rows: reference.loss(*rows)[0], device, config["bf16"], config["compile"])
         self.log_alpha = torch.full((len(counts),), -math.log(len(counts)), device=device)
         self.sum_alpha, self.steps = torch.zeros(len(counts), device=device), 0
@@ -601,8 +606,7 @@ def fit(config, dataset, out, guide_path=None, keep=None, class_weights=None, ev
     ranks, path = Ranks(device), out / "checkpoint.pt"
     state, dro = State(config, device, ranks), None
     if config["dro"]:
-        counts = torch.bincount(dataset.labels if keep is None else dataset.labels[keep], minlength=dataset.classes)
-        dro = Dro(config, load_matching(config["dro"], "--dro", config, device), counts, device)
+        dro = Dro(config, load_matching(config["dro"], "--dro", config, device), class_counts(dataset, keep), device)
     if path.exists():
         saved = model.read(path, device)
         state.restore(saved, path)
@@ -640,7 +644,7 @@ def fit(config, dataset, out, guide_path=None, keep=None, class_weights=None, ev
                 weight = class_weight if weight is None else weight * class_weight
             if dro:
                 weight = dro.weight(labels)
-            loss = state.learn(x0, noise, sigma, labels, weight)
+            loss = state.learn(x0, noise, sigma, state.drop_labels(labels), weight)
             if dro:
                 dro.update(loss, x0, noise, sigma, labels, ranks)
             progress["examples_trained"] += batch.n
@@ -650,8 +654,10 @@ def fit(config, dataset, out, guide_path=None, keep=None, class_weights=None, ev
             progress["seconds"] = ranks.agree(time.monotonic() - began)
             pause = time.monotonic()
             if evaluate and config["eval_every"] and (step + 1) % config["eval_every"] == 0 and not finished():
+                progress["select_seconds"] = watch.seconds()
                 run_evaluation(state, journal, evaluate)
             if interrupt.caught or finished() or saver.due(progress["step"]):
+                progress["select_seconds"] = watch.seconds()
                 save()
             began += time.monotonic() - pause
             if interrupt.caught:
@@ -880,7 +886,7 @@ def save_image(image, path):
 # ---------------------------------------------------------------------------------------------------------------
 # The stages of a run, each in a folder of its own with its own checkpoint, so that each resumes or is skipped.
 
-RESUMABLE = {"steps", "minutes", "device", "bf16", "compile", "log_every", "save_every", "eval_every", "eval_samples",
+RESUMABLE = {"steps", "minutes", "device", "bf16", "compile", "save_every", "eval_every", "eval_samples",
              "metrics", "sampling_steps", "guidance", "micro_batch"}  # may change when a run goes on
 
 
@@ -905,7 +911,7 @@ def helper_model(config, dataset, out, keep, title, **changes):
                  micro_batch=0, seed=config["seed"] + 1_000_003)
     config = {**config, **plain, **changes}
     begin(out, config)
-    records = fit(config, dataset, out, keep=keep, title=title)
+    fit(config, dataset, out, keep=keep, title=title)
     return out / "checkpoint.pt", model.read(out / "checkpoint.pt")["progress"]["seconds"]
 
 
@@ -974,12 +980,25 @@ def prepare_guide(config, dataset, out, keep):
 def prepare_weights(config, dataset, out, keep, guide_path):
     """-> (class weights or None, seconds): from a file, or by a DRO proxy trained against the reference."""
     if config["dro"] == "auto":
+        reference, seconds = guide_path, 0.0
+        if reference is None:
+            reference, seconds = helper_model(config, dataset, out / "reference", None, "reference")
         steps = config["dro_steps"] or config["guide_steps"]
-        proxy, seconds = helper_model(config, dataset, out / "proxy", keep, "proxy", dro=str(guide_path), steps=steps)
-        return read_class_weights(proxy.parent / "class_weights.json", config["class_names"]), seconds
+        proxy, more = helper_model(config, dataset, out / "proxy", keep, "proxy", dro=str(reference), steps=steps)
+        return read_class_weights(proxy.parent / "class_weights.json", config["class_names"]), seconds + more
+    if config["class_weights"] == "inverse":
+        counts = class_counts(dataset, keep)
+        return counts.sum() / (len(counts) * counts.clamp_min(1)), 0.0
     if config["class_weights"]:
-        return read_class_weights(config["class_weights"], config["class_names"]), 0.0
+        weights, counts = read_class_weights(config["class_weights"], config["class_names"]), class_counts(dataset, keep)
+        return weights * counts.sum() / (weights * counts).sum(), 0.0  # mean 1 over the examples
     return None, 0.0
+
+
+def class_counts(dataset, keep):
+    """How many examples of each class there are to train on: float32 [classes]."""
+    labels = dataset.labels if keep is None else dataset.labels[keep.to(dataset.labels.device)]
+    return torch.bincount(labels, minlength=dataset.classes).float().cpu()
 
 
 def run(args):

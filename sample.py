@@ -22,7 +22,9 @@ import model
 # The command line.
 
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], allow_abbrev=False, usage="%(prog)s RUN_OR_CHECKPOINT --out OUT [flags]",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110))
     on_off = argparse.BooleanOptionalAction
     parser.add_argument("checkpoint", metavar="RUN_OR_CHECKPOINT", help="run folder or checkpoint file")
     parser.add_argument("--n", type=int, default=64, help="number of samples")
@@ -49,6 +51,9 @@ def build_parser():
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or mps")
     g.add_argument("--bf16", action=on_off, help="bf16 autocast (default: on CUDA)")
     g.add_argument("--compile", action=on_off, help="torch.compile (default: on CUDA)")
+    for action in parser._actions:
+        if action.default not in (None, argparse.SUPPRESS):
+            action.help += f" [{action.default}]"
     return parser
 
 

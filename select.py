@@ -77,17 +77,18 @@ SCORES = ("learnability", "hard", "easy", "gradient-norm", "target-norm")
 NEEDS_REFERENCE = ("learnability", "easy")
 
 
-def score(learner, reference, sigma, kind="learnability", invert=False, gain=0.0):
-    """Per-example scores [B] from the losses [B] of learner and reference on the same sigma [B] and noise.
+def score(learner, reference, kind="learnability", invert=False, gain=0.0):
+    """Per-example scores [B] from the losses [B] of learner and reference on the same sigma and noise.
 
     kind: "learnability" = learner - reference, "hard" = learner, "easy" = -reference (2406.17711, section 3.1).
-    "gradient-norm" = log((learner + 0.1) / sqrt(sigma)) / 2: its softmax draws in proportion to an estimate of the
-    gradient's norm, the root of the loss times sigma^(-1/4); 0.1 bounds the weights of --debias. "target-norm" is the
-    same with the loss of F = 0, for which no network is run. `reference` may be None for the kinds that are not in
-    NEEDS_REFERENCE. gain > 0 standardizes the scores over the super-batch and multiplies them by gain; 0 leaves them.
+    "gradient-norm" = log(learner + 0.1) / 2: its softmax draws in proportion to the root of the loss, the norm of the
+    gradient with respect to the raw network's output up to a constant; 0.1 bounds the weights of --debias.
+    "target-norm" is the same with the loss of F = 0, for which no network is run. `reference` may be None for the
+    kinds that are not in NEEDS_REFERENCE. gain > 0 standardizes the scores over the super-batch and multiplies them
+    by gain; 0 leaves them as they are.
     """
     if kind in ("gradient-norm", "target-norm"):
-        s = ((learner + 0.1) / sigma.sqrt()).log() / 2
+        s = (learner + 0.1).log() / 2
     else:
         s = {"learnability": lambda: learner - reference, "hard": lambda: learner, "easy": lambda: -reference}[kind]()
     s = -s if invert else s

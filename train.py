@@ -7,7 +7,9 @@ again resumes it. On the built-in 2-D tree, in a few minutes on a CPU:
     python train.py --selector ajest --early-steps 5000
 """
 import argparse
+import contextlib
 import copy
+import datetime
 import importlib.util
 import json
 import math
@@ -68,7 +70,9 @@ def preset_name(dataset):
 # The command line. None stands for "the preset's value".
 
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], allow_abbrev=False, usage="%(prog)s [--data DATA] [flags]",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110))
     on_off = argparse.BooleanOptionalAction
 
     g = parser.add_argument_group("data")
@@ -95,7 +99,7 @@ def build_parser():
     g.add_argument("--P-std", type=float, help="standard deviation of ln sigma in training")
 
     g = parser.add_argument_group("online selection (2509.15267)")
-    g.add_argument("--selector", choices=["uniform", "jest", "ajest"], default="uniform")
+    g.add_argument("--selector", choices=["uniform", "jest", "ajest"], default="uniform", help="how batches are made")
     g.add_argument("--filter", type=float, default=0.8, help="share of the super-batch that is left out")
     g.add_argument("--chunks", type=int, default=16, help="chunks in which JEST fills the batch")
     g.add_argument("--score", choices=select.SCORES, default="learnability", help="what makes an example worth it")
@@ -122,7 +126,8 @@ def build_parser():
 
     g = parser.add_argument_group("coreset and class weights (2409.19128)")
     g.add_argument("--keep", help="fraction of each class to keep, or a file of indices")
-    g.add_argument("--prune", choices=["gaussian", "knn", "moderate", "random"], default="gaussian")
+    g.add_argument("--prune", choices=["gaussian", "knn", "moderate", "random"], default="gaussian",
+                   help="what is kept first")
     g.add_argument("--features", default="pixels", help="pixels, own:CKPT, inception, or a file of features")
     g.add_argument("--dro", help="train a proxy that finds class weights against this reference; auto = all stages")
     g.add_argument("--dro-steps", type=int, help="steps of the proxy under --dro auto (default: the guide's)")
@@ -133,13 +138,21 @@ def build_parser():
     g.add_argument("--reweight", choices=["loss", "sampling"], default="loss", help="how the weights act")
 
     g = parser.add_argument_group("run")
-    g.add_argument("--seed", type=int, default=0)
+    g.add_argument("--seed", type=int, default=0, help="of initialization, data, noise and selection")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or mps")
     g.add_argument("--bf16", action=on_off, help="bf16 autocast (default: on CUDA)")
     g.add_argument("--compile", action=on_off, help="torch.compile (default: on CUDA)")
     g.add_argument("--log-every", type=int, help="steps between log lines")
     g.add_argument("--save-every", default="60s", help="between checkpoints: seconds (60s) or steps (5000)")
     g.add_argument("--dry-run", action="store_true", help="report data, plan and memory, then end")
+
+    for action in parser._actions:  # every flag's help ends with its default
+        if action.nargs != 0 and not isinstance(action, on_off):
+            action.metavar = None if action.choices else {int: "N", float: "X"}.get(action.type, "VALUE")
+        if action.dest in PRESETS["tree"]:
+            action.help += " [preset]"
+        elif action.default not in (None, False, argparse.SUPPRESS):
+            action.help = f"{action.help or ''} [{action.default}]".strip()
     return parser
 
 
@@ -191,15 +204,19 @@ def resolve(args, dataset):
         if not passed:
             raise data.DataError(message)
     parse_save_every(config["save_every"])
+    B, world = super_batch_size(config), int(os.environ.get("WORLD_SIZE", 1))
+    if any(n % world for n in (config["batch"], config["guide_batch"], B if config["selector"] != "uniform" else world)):
+        raise data.DataError(f"--batch {config['batch']}, --guide-batch {config['guide_batch']} and the super-batch of {B} "
+                             f"(--filter) must be divisible by the {world} processes")
     return config
 
 
 def parse_save_every(text):
     """"60s" -> (seconds, None), "5000" -> (None, steps)."""
     try:
-        value = float(text.removesuffix("s"))
-        if value > 0:
-            return (value, None) if text.endswith("s") else (None, int(value))
+        seconds, steps = (float(text[:-1]), None) if text.endswith("s") else (None, int(text))
+        if (seconds or steps) > 0:
+            return seconds, steps
     except ValueError:
         pass
     raise data.DataError(f"--save-every: {text} is neither seconds (60s) nor steps (5000)")
@@ -221,7 +238,10 @@ class Ranks:
         self.device = device
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if self.world > 1 and not torch.distributed.is_initialized():
-            torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            if device.type == "cuda":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                                 timeout=datetime.timedelta(days=1))  # the others wait for evaluations
 
     def rows(self, *tensors):
         """This process's rows of tensors that every process holds alike; None stays None."""
@@ -235,13 +255,24 @@ class Ranks:
         torch.distributed.all_gather(parts, tensor)
         return torch.cat(parts)
 
-    def agree(self, seconds):
-        """Rank 0's seconds, so that all stop at the same step."""
+    def agree(self, *values):
+        """Rank 0's values, so that all stop at the same step; the others wait for it here."""
         if self.world > 1:
-            value = torch.tensor([seconds], device=self.device)
-            torch.distributed.broadcast(value, 0)
-            return value.item()
-        return seconds
+            tensor = torch.tensor(values, dtype=torch.float32, device=self.device)
+            torch.distributed.broadcast(tensor, 0)
+            return tensor.tolist()
+        return values
+
+    @contextlib.contextmanager
+    def in_turn(self):
+        """Rank 0 runs the block first; the others follow, and find the files that it wrote."""
+        if self.rank:
+            self.agree(0)
+        try:
+            yield
+        finally:
+            if not self.rank:
+                self.agree(0)
 
     def average_(self, tensors):
         """Average a list of tensors over the processes, in place and in one message."""
@@ -294,13 +325,13 @@ class State:
         self.project(self.projected)
         self.params = [p for p in self.denoiser.parameters()]
         self.ema = model.PowerEMA(self.denoiser, config["ema"])
-        self.optimizer = torch.optim.Adam(self.params, lr=config["lr"], betas=(0.9, 0.99), eps=1e-8,
-                                          fused=device.type in ("cpu", "cuda"))
+        self.optimizer = torch.optim.Adam(self.params, lr=config["lr"], betas=(0.9, 0.99), eps=1e-8, fused=True)
         self.objective = model.accelerate(self._objective, device, config["bf16"], config["compile"])
         self.progress = dict(step=0, seconds=0.0, select_seconds=0.0, eval_seconds=0.0, examples_trained=0,
                              examples_seen=0, selecting=not config["once_better"])
         self.flops_per_example = 3 * forward_flops(config) if config["kind"] != "tree" else 0
         self.tally = torch.zeros(4, device=device)  # loss sum and steps since the log line; steps skipped, in a row
+        self.previous = None  # indices [b] that the last step selected
 
     def _objective(self, x0, noise, sigma, labels, weight):
         """Mean weighted objective (with EDM2's uncertainty for the UNet: loss / e^u + u) and the losses [b]."""
@@ -351,17 +382,27 @@ class State:
     def checkpoint(self):
         return dict(kind="run", config=self.config, model_config=model_config(self.config), progress=self.progress,
                     model=self.denoiser.state_dict(), ema=self.ema.state_dict(), optimizer=self.optimizer.state_dict(),
-                    tally=self.tally)
+                    tally=self.tally, previous=self.previous)
 
-    def restore(self, checkpoint, path):
+    def restore(self, checkpoint, path, dro=None):
+        """Take over what `checkpoint` holds; CheckpointError where it is another run's, or not a run's."""
         try:
             self.denoiser.load_state_dict(checkpoint["model"])
             self.ema.load_state_dict(checkpoint["ema"])
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
-            self.progress.update(checkpoint["progress"])
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict(dict(state=checkpoint["optimizer"]["state"], param_groups=groups))
+            self.progress.update({k: type(v)(checkpoint["progress"][k]) for k, v in self.progress.items()})
             self.tally.copy_(checkpoint["tally"])
-        except (KeyError, RuntimeError, TypeError, ValueError, AttributeError):
-            raise model.CheckpointError(f"{path}: does not fit this run; give another --out") from None
+            self.previous = checkpoint.get("previous")
+            if dro:
+                dro.load_state_dict(checkpoint["dro"])
+            for p, s in self.optimizer.state.items():
+                if [tuple(s[k].shape) for k in ("step", "exp_avg", "exp_avg_sq")] != [(), p.shape, p.shape]:
+                    raise ValueError
+            if not all(p.isfinite().all() for p in self.params):
+                raise ValueError
+        except Exception:  # whatever a foreign dictionary leads to
+            raise model.CheckpointError(f"{path}: does not fit this run; give another --out, or delete it") from None
 
 
 def forward_flops(config):
@@ -399,7 +440,7 @@ class Curator:
     def __init__(self, config, state, reference, device):
         self.config, self.state, self.reference, self.device = config, state, reference, device
         self.losses = model.accelerate(self._losses, device, config["bf16"], config["compile"])
-        self.previous, self.stats = None, {}
+        self.stats = {}
 
     def _losses(self, x0, noise, sigma, labels):
         """Per-example losses [B] of learner (or of the autoguided pair, "interpolated AJEST") and reference."""
@@ -441,7 +482,7 @@ class Curator:
         c, ranks = self.config, self.state.ranks
         learner, reference = self.measure(x0, noise, sigma, labels)
         whole = select.score(ranks.gather(learner), None if reference is None else ranks.gather(reference),
-                             ranks.gather(sigma), c["score"], c["invert"], c["gain"])
+                             c["score"], c["invert"], c["gain"])
         score = whole.view(ranks.world, -1)[ranks.rank]
         generator = data.stream(c["seed"], step, f"select{ranks.rank}" if ranks.rank else "select", self.device)
         k, weight = c["batch"] // ranks.world, None
@@ -452,7 +493,7 @@ class Curator:
         rows = [None if t is None else t[chosen] for t in (x0, noise, sigma, labels, index)]
         if detail:
             self.describe(sigma, rows, weight)
-        self.previous = rows[4]
+        self.state.previous = rows[4]
         return rows, weight
 
     def describe(self, sigma, rows, weight):
@@ -464,8 +505,8 @@ class Curator:
         if labels is not None:
             share = torch.bincount(labels.clamp_min(0) % self.config["classes"], minlength=self.config["classes"])
             self.stats["class_share"] = share / len(labels)
-        if index is not None and self.previous is not None:
-            self.stats["overlap"] = torch.isin(index, self.previous).float().mean()
+        if index is not None and self.state.previous is not None:
+            self.stats["overlap"] = torch.isin(index, self.state.previous).float().mean()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -500,7 +541,9 @@ class Dro:
         return dict(log_alpha=self.log_alpha, sum_alpha=self.sum_alpha, steps=self.steps)
 
     def load_state_dict(self, state):
-        self.log_alpha, self.sum_alpha, self.steps = (state[k] for k in ("log_alpha", "sum_alpha", "steps"))
+        if not state["log_alpha"].shape == state["sum_alpha"].shape == self.counts.shape:
+            raise ValueError("made for other classes")
+        self.log_alpha, self.sum_alpha, self.steps = state["log_alpha"], state["sum_alpha"], int(state["steps"])
 
     def write(self, out, records):
         """class_weights.json, and class_weights.png: the path of the weights over the steps."""
@@ -519,37 +562,53 @@ class Dro:
 def read_class_weights(path, names):
     """class_weights.json -> float32 [classes] in the order of `names`; DataError where it is for other classes."""
     try:
-        weights = json.loads(Path(path).read_text())["classes"]
-        values = [float(weights[name]) for name in names] if set(weights) == set(names) else None
-    except OSError as error:
-        raise data.DataError(f"--class-weights {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise data.DataError(f"--class-weights {path}: not a class-weights file") from None
-    if values is None:
+        content = read_json(path)
+        version, weights = int(content.get("format", 1)), content["classes"]
+        values = torch.tensor([float(weights[name]) for name in names] if set(weights) == set(names) else [])
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        reason = error if isinstance(error, data.DataError) else f"{path}: not a class-weights file"
+        raise data.DataError(f"--class-weights: {reason}") from None
+    if version > 1:
+        raise data.DataError(f"--class-weights {path}: written by a later version (format {version}, this is 1)")
+    if not len(values):
         raise data.DataError(f"--class-weights {path}: its classes are not those of the data")
-    if not all(math.isfinite(v) and v >= 0 for v in values) or sum(values) == 0:
+    if not (values.isfinite().all() and values.min() >= 0 and values.sum() > 0):
         raise data.DataError(f"--class-weights {path}: weights must be finite, not negative, and not all zero")
-    return torch.tensor(values)
+    return values
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Files of a run. Everything is written beside its place and renamed, but for the log, which grows by whole lines.
 
 def write_json(path, value):
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(temporary, path)
+    if int(os.environ.get("RANK", 0)) == 0:
+        temporary = Path(f"{path}.tmp")
+        temporary.write_text(json.dumps(value, indent=1) + "\n")
+        os.replace(temporary, path)
+
+
+def read_json(path):
+    """The dictionary in a JSON file; DataError for anything else."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise data.DataError(f"{path}: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise data.DataError(f"{path}: damaged, or not a file of this program; delete it or give another")
+    return value
 
 
 def read_log(path):
     """The whole records of a log.jsonl; a torn line is left out."""
     records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             records.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-    return [r for r in records if isinstance(r, dict) and "step" in r]
+    return [r for r in records if isinstance(r, dict) and isinstance(r.get("step"), int) and "kind" in r]
 
 
 class Journal:
@@ -609,9 +668,7 @@ def fit(config, dataset, out, guide_path=None, keep=None, class_weights=None, ev
         dro = Dro(config, load_matching(config["dro"], "--dro", config, device), class_counts(dataset, keep), device)
     if path.exists():
         saved = model.read(path, device)
-        state.restore(saved, path)
-        if dro:
-            dro.load_state_dict(saved["dro"])
+        state.restore(saved, path, dro)
     progress = state.progress
     journal = Journal(out / "log.jsonl", progress["step"], title, quiet=ranks.rank > 0)
     journal.rated = progress["examples_trained"], progress["seconds"]
@@ -651,21 +708,22 @@ def fit(config, dataset, out, guide_path=None, keep=None, class_weights=None, ev
             if log_line:
                 progress.update(select_seconds=watch.seconds())
                 log(state, journal, curator, dro, time.monotonic() - began)
-            progress["seconds"] = ranks.agree(time.monotonic() - began)
+            progress["seconds"], caught = ranks.agree(time.monotonic() - began, interrupt.caught or 0)
             pause = time.monotonic()
             if evaluate and config["eval_every"] and (step + 1) % config["eval_every"] == 0 and not finished():
                 progress["select_seconds"] = watch.seconds()
                 run_evaluation(state, journal, evaluate)
-            if interrupt.caught or finished() or saver.due(progress["step"]):
+            if caught or finished() or saver.due(progress["step"]):
                 progress["select_seconds"] = watch.seconds()
                 save()
             began += time.monotonic() - pause
-            if interrupt.caught:
-                raise SystemExit(128 + interrupt.caught)
+            if caught:
+                raise SystemExit(128 + int(caught))
     if dro and ranks.rank == 0:
         dro.write(out, journal.records)
     if evaluate and len(evaluations(journal.records, progress["step"])) < len(evaluate.weights):
         run_evaluation(state, journal, evaluate)
+    ranks.agree(0)  # the files of this stage are there
     return journal.records
 
 
@@ -754,7 +812,8 @@ def run_evaluation(state, journal, evaluate):
         records = list(evaluate(state, journal.show))
         p["eval_seconds"] += time.monotonic() - began
         same = {k: p[k] for k in ("step", "seconds", "select_seconds", "eval_seconds", "examples_trained", "examples_seen")}
-        journal.keep(lambda r: r not in evaluations(journal.records, p["step"]))
+        stale = evaluations(journal.records, p["step"])
+        journal.keep(lambda r: r not in stale)
         for record in records:
             journal.write({"kind": "eval", **same, **record})
 
@@ -894,7 +953,7 @@ def begin(out, config):
     """Create the run folder and write config.json; DataError where it holds a run with other settings."""
     path = out / "config.json"
     if (out / "checkpoint.pt").exists() and path.exists():
-        old = json.loads(path.read_text())
+        old = read_json(path)
         for key in sorted(config.keys() - RESUMABLE):
             if old.get(key) != config[key]:
                 raise data.DataError(f"{out} holds a run with --{key.replace('_', '-')} {old.get(key)}, not {config[key]}: "
@@ -912,7 +971,14 @@ def helper_model(config, dataset, out, keep, title, **changes):
     config = {**config, **plain, **changes}
     begin(out, config)
     fit(config, dataset, out, keep=keep, title=title)
-    return out / "checkpoint.pt", model.read(out / "checkpoint.pt")["progress"]["seconds"]
+    return out / "checkpoint.pt", training_seconds(out / "checkpoint.pt")
+
+
+def training_seconds(path):
+    """How long the model in a checkpoint was trained; 0 where it does not say."""
+    progress = model.read(path).get("progress")
+    seconds = progress.get("seconds") if isinstance(progress, dict) else None
+    return seconds if isinstance(seconds, float) else 0.0
 
 
 def coreset(config, dataset, out):
@@ -928,15 +994,18 @@ def coreset(config, dataset, out):
         return (chosen if keep is None else chosen[torch.isin(chosen, keep)]), 0.0
     if not 0 < fraction <= 1:
         raise data.DataError(f"--keep {config['keep']}: a fraction must lie in (0, 1]")
-    if (out / "keep.npy").exists():
-        return data.load_keep(out / "keep.npy", n), json.loads((out / "keep.json").read_text())["seconds"]
+    names = ("data_fingerprint", "keep", "prune", "features", "imbalance", "seed")
+    made = {"of": n, **{name: config[name] for name in names}}
+    stored = read_json(out / "keep.json") if (out / "keep.json").exists() else {}
+    if stored.items() >= made.items() and isinstance(stored.get("seconds"), float):
+        return data.load_keep(out / "keep.npy", n), stored["seconds"]
     features, labels = features_of(dataset, config), dataset.labels
     if keep is not None:
         features, labels = features[keep], labels.cpu()[keep]
     kept = data.prune(features, labels, fraction, config["prune"], seed=config["seed"])
     keep = kept if keep is None else keep[kept]
     data.save_keep(out / "keep.npy", keep)
-    write_json(out / "keep.json", dict(seconds=time.monotonic() - began, kept=len(keep), of=n, score=config["prune"]))
+    write_json(out / "keep.json", dict(seconds=time.monotonic() - began, kept=len(keep), **made))
     return keep, time.monotonic() - began
 
 
@@ -974,7 +1043,7 @@ def prepare_guide(config, dataset, out, keep):
     path = Path(config["guide"])
     path = path / "checkpoint.pt" if path.is_dir() else path
     load_matching(path, "--guide", config, "cpu")
-    return path, model.read(path).get("progress", {}).get("seconds", 0.0)
+    return path, training_seconds(path)
 
 
 def prepare_weights(config, dataset, out, keep, guide_path):
@@ -1003,7 +1072,9 @@ def class_counts(dataset, keep):
 
 def run(args):
     """All stages: coreset, guide, class weights, the model itself, its evaluation. Returns the run folder."""
-    dataset = (data.load(args.data, args.size) if args.data else data.Tree("A")).to(args.device)
+    ranks = Ranks(torch.device(args.device))
+    with ranks.in_turn():
+        dataset = (data.load(args.data, args.size) if args.data else data.Tree("A")).to(args.device)
     config = resolve(args, dataset)
     if config["kind"] == "tree" and args.device == "cpu":
         torch.set_num_threads(1)  # the tree's small matrices gain nothing from a second thread
@@ -1011,15 +1082,16 @@ def run(args):
     out = Path(args.out or f"runs/{stem}-{args.selector}")
     if args.dry_run:
         return dry_run(config, dataset, out)
-    quiet = int(os.environ.get("RANK", 0)) > 0
+    quiet = ranks.rank > 0
     say = (lambda text: None) if quiet else (lambda text: print(text, file=sys.stderr, flush=True))
-    begin(out, config)
-    say("\n".join(dataset.report))
-    keep, prune_seconds = coreset(config, dataset, out) if config["kind"] != "tree" else (None, 0.0)
-    keep, held_out = hold_out(config, dataset, keep)
-    config["metrics"] = choose_metrics(config, dataset, out, say)
-    config["features_id"] = fid.features_id(config["metrics"]) if config["kind"] != "tree" else "tree"
-    write_json(out / "config.json", config)
+    with ranks.in_turn():
+        begin(out, config)
+        say("\n".join(dataset.report))
+        keep, prune_seconds = coreset(config, dataset, out) if config["kind"] != "tree" else (None, 0.0)
+        keep, held_out = hold_out(config, dataset, keep)
+        config["metrics"] = choose_metrics(config, dataset, out, say)
+        config["features_id"] = fid.features_id(config["metrics"]) if config["kind"] != "tree" else "tree"
+        write_json(out / "config.json", config)
 
     # Under --dro auto one small model, trained on all data, is the reference of the class weights and the guide.
     on_all = config["dro"] == "auto" and config["guide"] == "auto"
@@ -1110,6 +1182,12 @@ def main(argv=None):
     except (data.DataError, model.CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except OSError as error:  # a full disk, a folder that may not be written
+        print(f"error: {error.filename or args.out or 'runs/'}: {error.strerror or error}; free some space or give another "
+              "--out; the same command goes on from the last checkpoint", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:  # outside of the training loop, which saves first
+        raise SystemExit(128 + signal.SIGINT) from None
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

@@ -887,7 +887,10 @@ def load_features(path, n):
     features = _load_npy(path)
     if features.ndim != 2 or len(features) != n:
         raise DataError(f"{path}: is {features.dtype} {list(features.shape)}, wanted features [{n}, d]")
-    return torch.from_numpy(features.astype(np.float32))
+    features = torch.from_numpy(features.astype(np.float32))
+    if not features.isfinite().all():
+        raise DataError(f"{path}: holds NaN, or values that float32 cannot hold; compute the features again")
+    return features
 
 def _load_npy(path):
     try:

@@ -366,6 +366,7 @@ class Classifier(torch.nn.Module):
             with torch.device("meta"):  # shapes only: a hostile file allocates nothing
                 net = Classifier(len(checkpoint["class_names"]), checkpoint["width"])
             net.load_state_dict(checkpoint["model"], assign=True)
+            assert all(tensor.isfinite().all() for tensor in net.state_dict().values())
         except Exception:  # whatever a foreign dictionary leads to
             raise model.CheckpointError(f"{path}: not a classifier; fit one with --fit CKPT DATA") from None
         return net.eval().requires_grad_(False)
@@ -478,7 +479,7 @@ class Summary:
                 n = int(file["n"]) if "n" in file else -1
         except Exception:  # numpy's and zipfile's readers raise many kinds for a damaged file
             raise data.DataError(f"{path}: damaged statistics file") from None
-        if mu.ndim != 1 or sigma.shape != 2 * mu.shape or not (mu.sum() + sigma.sum()).isfinite():
+        if mu.ndim != 1 or not len(mu) or sigma.shape != 2 * mu.shape or not (mu.sum() + sigma.sum()).isfinite():
             raise data.DataError(f"{path}: mu must be [d] and sigma [d, d], all finite")
         return Summary(features_id, n if n >= 0 else None, mu, sigma)
 
@@ -528,6 +529,11 @@ class Scorer:
             parts.append(f.cpu()[kept[stats.n:stats.n + len(f)]])
             stats.add(f)
         return Summary(self.id, n, *stats.mean_cov(), torch.cat(parts))
+
+    def noise_floor(self, images, batch=128):
+        """The metrics of the even against the odd images: what two sets of one distribution score."""
+        index = torch.arange(len(images))
+        return self.score(*(self.summary(images, batch, index[i::2]) for i in (0, 1)))
 
     def score(self, real, fake, batch=128):
         """{distance name, "precision", "recall"}; real and fake: Summary, data.Dataset or uint8 images."""
@@ -636,9 +642,15 @@ class Run:
             for r in lines:
                 if r["kind"] == "eval":
                     records[r["guidance"] != 1][r["step"]] = r
+                    [float(value) for key, value in r.items() if key != "kind"]
+            for by_step in records.values():
+                points = [(step, r["select_seconds"], *(place(r) for _, place in AXES.values()))
+                          for step, r in sorted(by_step.items())]
+                if not (np.diff(np.array(points).reshape(-1, 4), axis=0) >= 0).all():
+                    raise ValueError
         except OSError as error:
             raise data.DataError(f"{error.filename}: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             raise data.DataError(f"{path}: damaged config.json or log.jsonl") from None
         records = {guided: [by_step[step] for step in sorted(by_step)]
                    for guided, by_step in records.items() if by_step}
@@ -723,10 +735,22 @@ def compare(paths, out="compare.png", metric=None):
     if not metrics or metric and metric not in metrics:
         raise data.DataError(f"--metric {metric}: the runs have {', '.join(metrics) or 'no metrics'}")
     metric = metric or metrics[0]
-    tables = "\n\n".join(comparison_table(arms, axis, metrics) for axis in AXES)
+    tables = "\n\n".join(comparison_table(arms, axis, metrics) for axis in AXES) + _floor_line(arms)
     line_chart([{"title": f"{metric} against {AXES[axis][0]}", "x": AXES[axis][0],
                  "lines": _arm_lines(arms, axis, metric)} for axis in ("seconds", "examples")], out)
     return tables
+
+
+def _floor_line(arms):
+    """What half of the data scores against the other half, from the first run that has it."""
+    for run in (run for arm in arms.values() for run in arm):
+        try:
+            with open(os.path.join(run.path, "noise_floor.json"), encoding="utf-8") as file:
+                words = ", ".join(f"{name} {float(value):.4g}" for name, value in json.load(file).items())
+                return f"\n\nNoise floor, half of the data against the other half: {words}"
+        except (OSError, ValueError, AttributeError, TypeError):
+            continue
+    return ""
 
 
 def _arm_lines(arms, axis, metric):

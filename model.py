@@ -8,6 +8,7 @@ sampled from is in the checkpoint:
 """
 import math
 import os
+import types
 import zipfile
 
 import numpy as np
@@ -288,13 +289,17 @@ def build(config):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# bf16 autocast and one compiled graph with static shapes around a function of tensors.
+# bf16 autocast and one compiled graph with static shapes around a function of tensors. Each gets a code object of its own,
+# since torch allows one code object eight compilations and a run has more functions than that.
 
 def accelerate(function, device, bf16=False, compiled=False):
     def run(*args):
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
             return function(*args)
-    return torch.compile(run, fullgraph=True, dynamic=False) if compiled else run
+    if not compiled:
+        return run
+    run = types.FunctionType(run.__code__.replace(), globals(), "run", closure=run.__closure__)
+    return torch.compile(run, fullgraph=True, dynamic=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -332,7 +337,10 @@ class PowerEMA:
 
     def load_state_dict(self, state):
         for std, average in self.averages.items():
-            torch._foreach_copy_(average, [state[str(std)][name] for name in self.names])
+            values = [state[str(std)][name] for name in self.names]
+            if [v.shape for v in values] != [a.shape for a in average]:
+                raise ValueError("averages of another shape")
+            torch._foreach_copy_(average, values)
 
 
 # ---------------------------------------------------------------------------------------------------------------

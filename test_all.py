@@ -551,6 +551,7 @@ def test_the_whole_pipeline_on_images(tmp_path, capsys):
     weights = json.loads((Path(run) / "proxy" / "class_weights.json").read_text())
     assert set(weights["classes"]) == {"0", "1", "2"} and abs(np.mean(list(weights["classes"].values())) - 1) < 0.1
     unguided, guided = _records(run, "eval")
+    assert fid.compare([run], str(tmp_path / "compare.png")).splitlines()[-1].startswith("Noise floor, half of the data")
     assert {"FD(pixels)", "precision", "recall", "validation_loss"} <= set(unguided) and guided["guidance"] == 1.6
     assert unguided["reference_seconds"] > 0
     capsys.readouterr()
@@ -624,6 +625,17 @@ def test_dro_raises_the_weight_of_an_under_fitted_class_only():
             assert weights[0] > 1.5 and weights[1:].min() > 0.05 and weights[1:].max() < 1
         else:
             assert (weights - 1).abs().max() < 0.05
+
+
+def test_inverse_frequency_weights():
+    labels = torch.tensor([0] * 10 + [1] * 30 + [2] * 60)
+    dataset = data.Dataset(torch.zeros(100, 3, 8, 8, dtype=torch.uint8), labels, ["a", "b", "c"])
+    config = dict(dro=None, class_weights="inverse", class_names=["a", "b", "c"])
+    weights, seconds = train.prepare_weights(config, dataset, None, None, None)
+    assert torch.allclose(weights * torch.tensor([10.0, 30.0, 60.0]), torch.full((3,), 100 / 3)) and seconds == 0
+    assert torch.isclose(weights[labels].mean(), torch.ones(()))
+    half, _ = train.prepare_weights(config, dataset, None, torch.arange(5, 100), None)  # five of class a
+    assert torch.isclose(half[0] / half[2], torch.tensor(12.0))
 
 
 def test_loss_and_sampling_weights_have_the_same_expected_gradient(tmp_path):

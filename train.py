@@ -166,7 +166,7 @@ def resolve(args, dataset):
     for key, value in PRESETS[name].items():
         config[key] = value if config.get(key) is None else config[key]
     cuda = torch.device(args.device).type == "cuda"
-    config["bf16"] = cuda if args.bf16 is None else args.bf16
+    config["bf16"] = cuda and name != "tree" if args.bf16 is None else args.bf16
     config["compile"] = cuda if args.compile is None else args.compile
     config.update(preset=name, kind=dataset.kind, data_fingerprint=dataset.fingerprint, shape=list(dataset.shape))
     config.update(classes=dataset.classes, class_names=list(dataset.class_names), net_classes=dataset.classes)
@@ -827,18 +827,18 @@ class Evaluator:
     def __init__(self, config, dataset, out, guide_path, guide_seconds, other_seconds, held_out=None):
         self.config, self.dataset, self.out, self.guide_path = config, dataset, out, guide_path
         self.guide_seconds, self.other_seconds, self.held_out = guide_seconds, other_seconds, held_out
-        self.device, self.real = torch.device(config["device"]), None
+        self.device, self.real, self.main = torch.device(config["device"]), None, None
         guided = config["guidance"] != 1 and (guide_path is not None or config["guide"] == "self")
         self.weights = [1.0, config["guidance"]] if guided else [1.0]
 
     def __call__(self, state, show):
-        c = self.config
-        main = copy.deepcopy(state.denoiser).eval().requires_grad_(False)
-        state.ema.copy_to(main, c["ema"][0])
-        pictures = []
-        for w in self.weights:
+        c, pictures = self.config, []
+        if self.main is None:  # compiled once, for all evaluations
+            self.main = copy.deepcopy(state.denoiser).eval().requires_grad_(False)
+            self.denoisers = [self.prepare(w) for w in self.weights]
+        state.ema.copy_to(self.main, c["ema"][0])
+        for w, denoiser in zip(self.weights, self.denoisers):
             show(f"evaluating, guidance {w:g}")
-            denoiser = self.fast(main if w == 1 else guide.Autoguided(main, self.load_guide(main), w), main)
             metrics, picture = (self.tree if c["kind"] == "tree" else self.images)(denoiser, w == 1)
             pictures.append(picture)
             needs_guide = w != 1 or c["selector"] == "ajest"
@@ -847,15 +847,15 @@ class Evaluator:
         draw = draw_tree if c["kind"] == "tree" else draw_images
         draw(pictures, self.dataset, self.out / "samples.png")
 
-    def load_guide(self, main):
-        if self.config["guide"] == "self":
-            return guide.Unlabelled(main)
-        return load_matching(self.guide_path, "--guide", self.config, self.device)
-
-    def fast(self, denoiser, main):
-        """The denoiser under autocast and, on CUDA, compiled."""
-        run = model.accelerate(denoiser, self.device, self.config["bf16"], self.config["compile"])
-        run.shape = main.shape
+    def prepare(self, w):
+        """The denoiser guided with weight w, under autocast and, on CUDA, compiled."""
+        c, denoiser = self.config, self.main
+        if w != 1:
+            weak = guide.Unlabelled(self.main) if c["guide"] == "self" else load_matching(
+                self.guide_path, "--guide", c, self.device)
+            denoiser = guide.Autoguided(self.main, weak, w)
+        run = model.accelerate(denoiser, self.device, c["bf16"], c["compile"])
+        run.shape = self.main.shape
         return run
 
     @torch.no_grad()
@@ -882,7 +882,9 @@ class Evaluator:
         metrics = {}
         if c["metrics"] != "none":
             scorer = fid.Scorer(c["metrics"], self.device)
-            self.real = self.real or scorer.summary(self.dataset, label="features of the data")
+            if self.real is None:
+                self.real = scorer.summary(self.dataset, label="features of the data")
+                write_json(self.out / "noise_floor.json", scorer.noise_floor(self.dataset))
             metrics = scorer.score(self.real, x)
         if unguided and self.held_out is not None:
             metrics["validation_loss"] = validation_loss(denoiser, self.dataset, self.held_out, c, self.device)

@@ -382,7 +382,8 @@ def read(path, device="cpu"):
 def denoiser_from(checkpoint, path, ema=None, device="cpu"):
     """The denoiser in a checkpoint dictionary. `ema`: an EMA length in it, None = the first, 0 = the raw weights."""
     try:
-        config, averages = checkpoint["model_config"], checkpoint["ema"]
+        config = dict(class_names=[], sigma_max=80.0, guidance=1.0) | checkpoint["model_config"]
+        averages = checkpoint["ema"]
         key = next(iter(averages), None) if ema is None else str(float(ema))
         if ema != 0 and key not in averages:
             raise CheckpointError(f"{path}: no EMA of length {ema}, it has {', '.join(averages)} (--ema)")

@@ -61,6 +61,8 @@ def check(args):
     """DataError for values that no sampler can work with, before anything is loaded or written."""
     if min(args.n, args.batch, args.steps) < 1:
         raise data.DataError("--n, --batch and --steps must be at least 1")
+    if abs(args.seed) >= 2 ** 62:
+        raise data.DataError(f"--seed {args.seed}: too large, give less than 2^62")
     if args.sigma_min <= 0 or args.rho <= 0 or args.sigma_max is not None and args.sigma_max <= args.sigma_min:
         raise data.DataError("--sigma-min and --rho must be positive, --sigma-max above --sigma-min")
     folder = os.path.dirname(args.out.rstrip("/")) or "."
@@ -166,7 +168,9 @@ def main(argv=None):
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except OSError as error:
-        print(f"error: cannot write {args.out}: {error.strerror}", file=sys.stderr)
+        if os.path.isfile(f"{args.out}.tmp"):
+            os.remove(f"{args.out}.tmp")
+        print(f"error: cannot write {args.out}: {error.strerror or error}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

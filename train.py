@@ -215,7 +215,7 @@ def parse_save_every(text):
     """"60s" -> (seconds, None), "5000" -> (None, steps)."""
     try:
         seconds, steps = (float(text[:-1]), None) if text.endswith("s") else (None, int(text))
-        if (seconds or steps) > 0:
+        if 0 < (seconds or steps) < math.inf:
             return seconds, steps
     except ValueError:
         pass
@@ -1147,6 +1147,11 @@ def dry_run(config, dataset, out):
     print("\n".join(dataset.report))
     print(f"run     {out}: {config['steps']:,} steps of {b} examples" +
           (f", chosen from {B} by {config['selector']}" if config["selector"] != "uniform" else ""))
+    auto = config["dro"] == "auto"
+    stages = [f"coreset ({config['keep']} by {config['prune']})"] * bool(config["keep"])
+    stages += [f"guide ({config['guide_steps']:,} steps of {config['guide_batch']})"] * (config["guide"] == "auto")
+    stages += [f"class weights ({config['dro_steps'] or config['guide_steps']:,} steps)"] * auto
+    print(f"before  {', '.join(stages) or 'nothing'}")
     print(f"model   {count / 1e6:.2f} M parameters, {forward_flops(config) / 1e9:.3g} GFLOP a forward pass and example")
     kept = activation_bytes(denoiser, config)
     sizes = {"data": 0 if config["kind"] == "tree" else dataset.x.nbytes, "model and gradients": 8 * count,

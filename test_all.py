@@ -3,17 +3,22 @@
 Each holds the code against an independent reference: a naive version, a closed form, a published layout. The long ones
 (random kills, the compiled UNet) run with SLOW_TESTS=1.
 """
+import errno
+import functools
 import io
 import json
 import math
 import os
 import pickle
+import random
 import shutil
+import signal
 import struct
 import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 import warnings
 import zipfile
 import zlib
@@ -267,7 +272,7 @@ def test_compiled_equals_eager(part):
 
 def test_checkpoint_round_trip(tmp_path):
     torch.manual_seed(0)
-    denoiser = _randomized(model.build(_config()))
+    denoiser = _randomized(model.build(_config())).to(memory_format=torch.channels_last)
     ema = model.PowerEMA(denoiser, (0.05, 0.10))
     x = torch.randn(2, 3, 16, 16)
     expected = denoiser(x, 0.7, torch.tensor([0, 1]))
@@ -1844,3 +1849,522 @@ def test_compare_refuses_what_cannot_be_compared(tmp_path, capsys):
     assert "no evaluations" in _fid_run(capsys, "--compare", a, empty)[2]
     assert "--metric" in _fid_run(capsys, "--compare", a, "--metric", "beauty")[2]
     assert not (tmp_path / "c.png").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Stopping anywhere: kills, signals, a torn log, a full disk; the same command again ends in the same bits.
+
+
+TIMES = {"seconds", "select_seconds", "eval_seconds", "reference_seconds", "examples_per_second"}
+ROBUST_TREE = [*TINY, "--device", "cpu"]
+ROBUST_IMAGES = ["--size", "8", "--channels", "8", "--batch", "4", "--guide-channels", "8", "--guide-batch", "4",
+                 "--guide-steps", "2", "--steps", "2", "--eval-samples", "4", "--sampling-steps", "2", "--log-every", "1",
+                 "--metrics", "pixels", "--device", "cpu"]
+
+
+def _robust_log(run):
+    """The lines of log.jsonl without what a clock decides."""
+    lines = (Path(run) / "log.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+
+
+def _robust_start(flags):
+    return subprocess.Popen([sys.executable, "train.py", *flags], cwd=HERE, stdout=subprocess.DEVNULL,
+                            stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True)
+
+
+def _robust_same(a, b):
+    """Two run folders hold the same stages, weights, EMAs, optimizer, class weights and log."""
+    stages = sorted(path.parent.relative_to(a) for path in Path(a).rglob("checkpoint.pt"))
+    assert stages == sorted(path.parent.relative_to(b) for path in Path(b).rglob("checkpoint.pt"))
+    for stage in stages:
+        _same_run(Path(a) / stage, Path(b) / stage)
+        assert _robust_log(Path(a) / stage) == _robust_log(Path(b) / stage)
+        weights = [Path(run) / stage / "class_weights.json" for run in (a, b)]
+        classes = [json.loads(w.read_text())["classes"] if w.exists() else None for w in weights]
+        assert classes[0] == classes[1]
+
+
+def _robust_killed(flags, out, kills, seconds, seed=0):
+    """Run `flags` into `out` with SIGKILL at random moments of training, then to the end; -> the kills that hit."""
+    random_time, hit, config = random.Random(seed), 0, Path(out) / "config.json"
+    while True:
+        before = config.stat().st_mtime_ns if config.exists() else 0
+        process = _robust_start([*flags, "--out", str(out)])
+        while hit < kills and process.poll() is None and (not config.exists() or config.stat().st_mtime_ns == before):
+            time.sleep(0.01)
+        if hit < kills:
+            time.sleep(random_time.uniform(0, seconds))
+        if hit < kills and process.poll() is None:
+            process.kill()
+            process.communicate()
+            hit += 1
+            continue
+        errors = process.communicate()[1]
+        assert process.returncode == 0, errors
+        return hit
+
+
+ROBUST_ARMS = {"uniform": [], "ajest": ["--selector", "ajest", "--early-steps", "170"],
+               "dro": ["--dro", "auto", "--selector", "ajest", "--keep", "0.5"]}
+
+
+@pytest.mark.parametrize("arm, kills", [("ajest", 2)] + [(arm, 20) for arm in ROBUST_ARMS if SLOW])
+def test_killed_at_random_moments_ends_in_the_same_bits(tmp_path, arm, kills):
+    flags = [*ROBUST_TREE, *ROBUST_ARMS[arm], "--log-every", "7", "--save-every", "3"]
+    flags += ["--steps", "2000", "--eval-every", "500"] if SLOW else ["--steps", "300", "--eval-samples", "0"]
+    seconds = 0.6 if SLOW else 0.2
+    if arm == "dro":
+        flags = ["--data", _images(tmp_path / "d.npz", size=8), *ROBUST_IMAGES, *ROBUST_ARMS[arm], "--steps", "150",
+                 "--guide-steps", "60", "--dro-steps", "100", "--save-every", "3", "--log-every", "7", "--eval-every", "50"]
+        seconds = 2.5
+    if arm == "dro":
+        assert _robust_killed([*flags, "--save-every", "1000s"], tmp_path / "whole", 0, 0) == 0
+    else:
+        train.main([*flags, "--save-every", "1000s", "--out", str(tmp_path / "whole")])
+    assert _robust_killed(flags, tmp_path / "parts", kills, seconds) >= kills * 3 // 4
+    _robust_same(tmp_path / "whole", tmp_path / "parts")
+
+
+class _RobustKill(BaseException):
+    """Stands for the end of the process: no handler of the program catches it."""
+
+
+@pytest.mark.parametrize("where", ["write", "fsync", "replace"])
+def test_killed_inside_a_save_keeps_the_checkpoint_of_before(tmp_path, monkeypatch, where):
+    flags = [*ROBUST_TREE, "--save-every", "5", "--guide", "none", "--eval-samples", "0"]
+    train.main([*flags, "--out", str(tmp_path / "whole")])
+    calls, saved = [], {"write": torch.save, "fsync": os.fsync, "replace": os.replace}[where]
+
+    def killed(*args):
+        calls.extend([1] if where != "replace" or str(args[1]).endswith("checkpoint.pt") else [])
+        if len(calls) == 3:
+            if where == "write":
+                args[1].write(b"PK half a checkpoint")
+            raise _RobustKill
+        return saved(*args)
+    with monkeypatch.context() as patch, pytest.raises(_RobustKill):
+        patch.setattr(torch if where == "write" else os, "save" if where == "write" else where, killed)
+        train.main([*flags, "--out", str(tmp_path / "parts")])
+    step = model.read(tmp_path / "parts" / "checkpoint.pt")["progress"]["step"]
+    assert step == 10
+    train.main([*flags, "--out", str(tmp_path / "parts")])
+    _same_run(tmp_path / "whole", tmp_path / "parts")
+    losses = [[(r["step"], r["loss"]) for r in _records(tmp_path / run, "train")] for run in ("whole", "parts")]
+    assert losses[0] == losses[1]
+    assert not list((tmp_path / "parts").glob("*.tmp"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_save_first(tmp_path, monkeypatch, number):
+    flags = [*ROBUST_TREE, "--selector", "ajest", "--early-steps", "17", "--eval-samples", "0"]
+    train.main([*flags, "--out", str(tmp_path / "whole")])
+    learn, steps = train.State.learn, []
+
+    def interrupted(self, *rows):
+        steps.append(1)
+        if len(steps) in (3, 8 + 11):  # in the guide, then in the model
+            signal.raise_signal(number)
+        return learn(self, *rows)
+    monkeypatch.setattr(train.State, "learn", interrupted)
+    for stage, step in (("guide", 3), (".", 11)):
+        with pytest.raises(SystemExit) as stop:
+            train.main([*flags, "--out", str(tmp_path / "parts")])
+        assert stop.value.code == 128 + number
+        assert model.read(tmp_path / "parts" / stage / "checkpoint.pt")["progress"]["step"] == step
+    train.main([*flags, "--out", str(tmp_path / "parts")])
+    _robust_same(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_ctrl_c_outside_of_the_loop_ends_without_a_traceback(tmp_path, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train, "resolve", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        train.main([*ROBUST_TREE, "--out", str(tmp_path / "run")])
+    assert stop.value.code == 130 and not os.listdir(tmp_path)
+
+
+def test_a_torn_log_is_repaired(tmp_path):
+    flags = [*ROBUST_TREE, "--guide", "none", "--eval-samples", "0"]
+    for name in ("whole", "parts"):
+        train.main([*flags, "--out", str(tmp_path / name), "--steps", "12" if name == "parts" else "24"])
+    with open(tmp_path / "parts" / "log.jsonl", "ab") as file:
+        file.write(b'{"kind": "train", "step": 18, "loss": 1}\n{"kind": "train", "st\xff')
+    train.main([*flags, "--out", str(tmp_path / "parts")])
+    assert _robust_log(tmp_path / "parts") == _robust_log(tmp_path / "whole")
+    _same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def _robust_one_line(capsys, main, argv, *words):
+    """Run main(argv): exit code 2, and one error line on stderr that holds `words`."""
+    capsys.readouterr()
+    try:
+        code = main([str(arg) for arg in argv])
+    except SystemExit as stop:
+        code = stop.code
+    err = capsys.readouterr().err
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == 2 and len(lines) == 1 and err.splitlines()[-1] == lines[0] and "Traceback" not in err, (code, err)
+    assert all(str(word) in lines[0] for word in words), (words, lines[0])
+    return lines[0]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a limit on the size of files")
+def test_a_full_disk_ends_in_one_line_and_the_last_checkpoint_stays(tmp_path, capsys):
+    import resource
+    flags, run = [*ROBUST_TREE, "--guide", "none", "--save-every", "5", "--eval-samples", "0"], tmp_path / "run"
+    train.main([*flags, "--out", str(tmp_path / "whole")])
+    train.main([*flags, "--out", str(run), "--steps", "8"])
+    good, soft = (run / "checkpoint.pt").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in (0, 700, 3000, 20_000, len(good) // 2, len(good) - 1):  # the first ones fail at other files
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, soft[1]))
+            _robust_one_line(capsys, train.main, [*flags, "--out", run], run)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, soft)
+        assert (run / "checkpoint.pt").read_bytes() == good
+    train.main([*flags, "--out", str(run)])
+    _same_run(tmp_path / "whole", run)
+
+
+def test_a_full_disk_at_any_file_ends_in_one_line(tmp_path, monkeypatch, capsys):
+    flags = ["--data", _images(tmp_path / "d.npz", size=8), *ROBUST_IMAGES, "--keep", "0.5", "--selector", "ajest",
+             *(["--dro", "auto"] if SLOW else []), "--out", tmp_path / "run"]
+    replace, targets = os.replace, ["config.json", "keep.npy", "stages.json", "log.jsonl", "samples.png"]
+    if SLOW:  # in the order in which a run writes them
+        targets[2:2] = ["guide/checkpoint.pt", "proxy/class_weights.json", "proxy/class_weights.png"]
+    for target in targets:
+        def full(source, destination):
+            if Path(destination) == tmp_path / "run" / target:
+                raise OSError(errno.ENOSPC, "No space left on device", str(source), None, str(destination))
+            return replace(source, destination)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", full)
+            _robust_one_line(capsys, train.main, flags, target, "No space left")
+        assert not (tmp_path / "run" / target).exists()
+    train.main([str(f) for f in flags])
+    assert len(_records(tmp_path / "run", "eval")) == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Damaged, foreign and hostile files: one line that names the file, nothing executed, nothing half-written.
+
+def _robust_deflated(path, checkpoint):
+    """A checkpoint whose tensors inflate from kilobytes to gigabytes."""
+    model.save(path, checkpoint | dict(more=torch.zeros(2 ** 18)))
+    with zipfile.ZipFile(path) as old:
+        members = [(m.filename, old.read(m)) for m in old.infolist()]
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
+        for name, content in members:
+            new.writestr(name, content)
+
+
+def _robust_flipped(path, checkpoint):
+    model.save(path, checkpoint)
+    content, weight = bytearray(path.read_bytes()), next(iter(checkpoint["model"].values())).numpy().tobytes()
+    content[bytes(content).index(weight) + 5] ^= 1
+    path.write_bytes(content)
+
+
+def _robust_with(**changes):
+    return lambda path, checkpoint: model.save(path, checkpoint | changes)
+
+
+def _robust_all(change, *kinds):
+    """A checkpoint of which every tensor under `kinds` is changed."""
+    def leaf(value):
+        return change(value) if torch.is_tensor(value) else value
+    return lambda path, c: model.save(path, c | {kind: torch.utils._pytree.tree_map(leaf, c[kind]) for kind in kinds})
+
+
+def _robust_config(**changes):
+    return lambda path, c: model.save(path, c | {"model_config": c["model_config"] | changes})
+
+
+ROBUST_CHECKPOINTS = {  # name: write(path, a good checkpoint's dictionary)
+    "missing": lambda path, c: None,
+    "directory": lambda path, c: path.mkdir(),
+    "empty": lambda path, c: path.write_bytes(b""),
+    "text": lambda path, c: path.write_text("weights"),
+    "truncated": lambda path, c: (model.save(path, c), path.write_bytes(path.read_bytes()[:-500])),
+    "one bit flipped": _robust_flipped,
+    "inflating": _robust_deflated,
+    "pickle that executes": lambda path, c: path.write_bytes(pickle.dumps(DataPayload(path.parent / "ran"))),
+    "payload in a checkpoint": lambda path, c: torch.save({**c, "format": 1, "x": DataPayload(path.parent / "ran")}, path),
+    "old torch format": lambda path, c: torch.save({**c, "format": 1}, path, _use_new_zipfile_serialization=False),
+    "list": lambda path, c: torch.save([1, 2], path),
+    "no format": lambda path, c: torch.save(dict(c), path),
+    "later format": lambda path, c: torch.save({**c, "format": 99}, path),
+    "classifier": lambda path, c: _fid_classifier(path),
+    "nothing in it": lambda path, c: model.save(path, {}),
+    "weights missing": _robust_with(model={}, ema={}),
+    "weights a number": _robust_with(model=3, ema=3),
+    "other shapes": _robust_all(lambda v: v[..., None], "model", "ema"),
+    "NaN weights": _robust_all(lambda v: v * math.nan, "model", "ema"),
+    "weights without content": _robust_all(lambda v: v.to("meta"), "model", "ema"),
+}
+ROBUST_DENOISERS = {  # as a guide or to be sampled from; a run that resumes does not look at these
+    "NaN average": _robust_all(lambda v: v * math.nan, "ema"),
+    "no configuration": _robust_with(model_config=None),
+    "unknown network": _robust_config(net="gan"),
+    "a billion channels": _robust_config(channels=10 ** 9),
+    "points with a UNet": _robust_config(net="unet"),
+    "sigma_data a word": _robust_config(sigma_data="0.5"),
+    "sigma_max infinite": _robust_config(sigma_max=math.inf),
+    "shape negative": _robust_config(shape=[-2]),
+    "classes a float": _robust_config(classes=1.5),
+}
+ROBUST_RUNS = {  # as the checkpoint of a run that resumes
+    "no optimizer": _robust_with(optimizer={}),
+    "optimizer of another shape": _robust_all(lambda v: v[..., None], "optimizer"),
+    "average of another shape": _robust_all(lambda v: v[..., :1], "ema"),
+    "step a word": _robust_with(progress=dict(step="three")),
+    "step NaN": _robust_with(progress=dict(step=math.nan)),
+    "tally of another shape": _robust_with(tally=torch.zeros(7)),
+}
+
+
+@functools.cache
+def _robust_checkpoint():
+    with tempfile.TemporaryDirectory() as run:
+        train.main([*ROBUST_TREE, "--guide", "none", "--eval-samples", "0", "--steps", "2", "--out", run])
+        return torch.load(f"{run}/checkpoint.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("use, name", [
+    *[("guide", name) for name in [*ROBUST_CHECKPOINTS, *ROBUST_DENOISERS]],
+    *[("sample", name) for name in [*ROBUST_CHECKPOINTS, *ROBUST_DENOISERS]],
+    *[("resume", name) for name in [*ROBUST_CHECKPOINTS, *ROBUST_RUNS] if name != "missing"],
+    *[(use, name) for use in ("reference", "sample's guide") for name in ("truncated", "payload in a checkpoint")]])
+def test_bad_checkpoints_are_refused_in_one_line(tmp_path, capsys, use, name):
+    run = [*ROBUST_TREE, "--out", str(tmp_path / "run"), "--eval-samples", "0", "--steps", "4"]
+    path = tmp_path / "bad" / "checkpoint.pt"
+    if use == "resume":
+        train.main([*run[:-1], "2", "--guide", "none"])
+        path = tmp_path / "run" / "checkpoint.pt"
+        path.unlink()
+    path.parent.mkdir(exist_ok=True)
+    make = {**ROBUST_CHECKPOINTS, **ROBUST_DENOISERS, **ROBUST_RUNS}[name]
+    checkpoint = {k: v for k, v in _robust_checkpoint().items() if k != "format"}
+    make(path, checkpoint)
+    good = tmp_path / "good.pt"
+    model.save(good, checkpoint)
+    before = {p: p.is_file() and p.read_bytes() for p in tmp_path.rglob("*")}
+    out = ["--out", tmp_path / "x.npz", "--n", "2", "--steps", "2", "--device", "cpu"]
+    program, argv = {
+        "guide": (train, [*run, "--guide", path]), "resume": (train, [*run, "--guide", "none"]),
+        "reference": (train, [*run, "--guide", "none", "--selector", "jest", "--reference", path]),
+        "sample": (sample, [path, *out]), "sample's guide": (sample, [good, *out, "--guide", path, "--guidance", "2"])}[use]
+    _robust_one_line(capsys, program.main, argv, path)
+    assert not (path.parent / "ran").exists()
+    changed = {p.name for p in tmp_path.rglob("*") if before.get(p) != (p.is_file() and p.read_bytes())}
+    assert changed <= {"run", "config.json", "log.jsonl", "stages.json"}, changed
+
+
+def _robust_npy(path, header, body=b""):
+    text = repr(header).encode() + b"\n"
+    path.write_bytes(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + body)
+
+
+def _robust_save(array):
+    return lambda path: path.write_bytes(_robust_bytes(lambda file: np.save(file, array, allow_pickle=True)))
+
+
+def _robust_savez(**arrays):
+    return lambda path: path.write_bytes(_robust_bytes(lambda file: np.savez(file, **arrays)))
+
+
+def _robust_bytes(write):
+    file = io.BytesIO()
+    write(file)
+    return file.getvalue()
+
+
+def _robust_classes(values, **more):
+    return lambda path: path.write_text(json.dumps({"classes": values, **more}))
+
+
+def _robust_net(change):
+    """A classifier's file with a change to its dictionary."""
+    def write(path):
+        _fid_classifier(path)
+        checkpoint = torch.load(path, weights_only=True)
+        torch.save(change(checkpoint) or checkpoint, path)
+    return write
+
+
+def _robust_payload(path):
+    path.write_bytes(pickle.dumps(DataPayload(path.parent / "ran")))
+
+
+ROBUST_COMMON = {"missing": lambda path: None, "directory": lambda path: path.mkdir(), "payload": _robust_payload,
+                 "empty": lambda path: path.write_bytes(b""), "not text": lambda path: path.write_bytes(b"\xff\xfe\x00{")}
+ROBUST_GIANT = dict(descr="<i8", fortran_order=False, shape=(10 ** 13,))
+ROBUST_FILES = {  # file: {name: write(path)}
+    "weights.json": {
+        "truncated": lambda path: path.write_text('{"classes": {"0": 1.0, '),
+        "list": lambda path: path.write_text("[1]"), "classes a word": _robust_classes("012"),
+        "deep": lambda path: path.write_text("[" * 100_000), "later format": _robust_classes({"0": 1, "1": 1, "2": 1}, format=2),
+        "other classes": _robust_classes({"cat": 1.0}), "negative": _robust_classes({"0": -1, "1": 1, "2": 1}),
+        "NaN": _robust_classes({"0": math.nan, "1": 1, "2": 1}), "beyond float32": _robust_classes({"0": 1e300, "1": 1, "2": 1}),
+        "beyond float64": _robust_classes({"0": 10 ** 400, "1": 1, "2": 1}), "all zero": _robust_classes(dict.fromkeys("012", 0)),
+        "list of a list": _robust_classes({"0": [1], "1": 1, "2": 1})},
+    "keep.npy": {
+        "objects": lambda path: _robust_save(np.array([DataPayload(path.parent / "ran")], object))(path),
+        "floats": _robust_save(np.zeros(3)), "beyond the data": _robust_save(np.array([999])), "negative": _robust_save(np.array([-1])),
+        "truncated": lambda path: _robust_npy(path, dict(ROBUST_GIANT, shape=(30,)), bytes(100)),
+        "terabytes": lambda path: _robust_npy(path, ROBUST_GIANT, bytes(80))},
+    "features.npy": {
+        "NaN": _robust_save(np.full((30, 4), np.nan)), "other rows": _robust_save(np.zeros((29, 4))),
+        "text": _robust_save(np.full((30, 4), "abc")), "records": _robust_save(np.zeros((30, 4), "f4,i4")),
+        "objects": lambda path: _robust_save(np.array([[DataPayload(path.parent / "ran")]] * 30, object))(path),
+        "terabytes": lambda path: _robust_npy(path, dict(ROBUST_GIANT, shape=(30, 10 ** 12)), bytes(80))},
+    "own.pt": {
+        "denoiser": lambda path: model.save(path, dict(kind="run", model={})), "list": lambda path: torch.save([1], path),
+        "later format": _robust_net(lambda c: c | dict(format=2)), "width": _robust_net(lambda c: c | dict(width=10 ** 9)),
+        "NaN": _robust_net(lambda c: [w.mul_(math.nan) for w in c["model"].values() if w.is_floating_point()] and None),
+        "payload inside": lambda path: torch.save({"format": 1, "x": DataPayload(path.parent / "ran")}, path)},
+    "inception.pth": {
+        "list": lambda path: torch.save([1], path), "other weights": lambda path: torch.save({"a": torch.zeros(1)}, path),
+        "payload inside": lambda path: torch.save({"x": DataPayload(path.parent / "ran")}, path)},
+    "stats.npz": {
+        "truncated": lambda path: path.write_bytes(_robust_bytes(lambda f: np.savez(f, mu=np.zeros(3), sigma=np.eye(3)))[:-40]),
+        "objects": lambda path: _robust_savez(mu=np.array([DataPayload(path.parent / "ran")], object), sigma=np.eye(3))(path),
+        "NaN": _robust_savez(mu=np.full(3, np.nan), sigma=np.eye(3)), "shapes": _robust_savez(mu=np.zeros(3), sigma=np.eye(4)),
+        "text": _robust_savez(mu=np.array(["a"]), sigma=np.array([["b"]])), "no dimensions": _robust_savez(mu=np.zeros(0), sigma=np.zeros((0, 0))),
+        "terabytes": lambda path: data_raw_npz(path.parent, "mu", ROBUST_GIANT).rename(path)},
+    "config.json": {"truncated": lambda path: path.write_text('{"seed": 0, '), "list": lambda path: path.write_text("[1, 2]")},
+    "log.jsonl": {},
+}
+ROBUST_CASES = [(file, name) for file, cases in ROBUST_FILES.items() for name in [*ROBUST_COMMON, *cases]
+                if (file, name) not in {("config.json", "missing"), *[("log.jsonl", n) for n in ROBUST_COMMON if n != "directory"]}]
+
+
+@pytest.mark.parametrize("file, name", ROBUST_CASES)
+def test_bad_files_are_refused_in_one_line(tmp_path, capsys, file, name):
+    images, run, path = _images(tmp_path / "d.npz", n=30, size=8), tmp_path / "run", tmp_path / file
+    flags = ["--data", images, *ROBUST_IMAGES, "--steps", "1", "--guide", "none", "--eval-samples", "0", "--out", run]
+    if file in ("config.json", "log.jsonl"):
+        flags = [*ROBUST_TREE, "--steps", "1", "--guide", "none", "--eval-samples", "0", "--out", run]
+        train.main([str(f) for f in flags])
+        path = run / file
+        path.unlink()
+    {**ROBUST_COMMON, **ROBUST_FILES[file]}[name](path)
+    program, argv = {
+        "weights.json": (train, [*flags, "--class-weights", path]), "keep.npy": (train, [*flags, "--keep", path]),
+        "features.npy": (train, [*flags, "--keep", "0.5", "--features", path]),
+        "own.pt": (train, [*flags, "--keep", "0.5", "--features", f"own:{path}"]),
+        "inception.pth": (fid, [images, images, "--inception-weights", path, "--device", "cpu"]),
+        "stats.npz": (fid, [path, path]), "config.json": (train, flags), "log.jsonl": (train, flags)}[file]
+    _robust_one_line(capsys, program.main, argv, file)
+    assert not (tmp_path / "ran").exists() and not list(tmp_path.rglob("*.tmp")) + list(tmp_path.rglob("*.unfinished"))
+    assert (run / "checkpoint.pt").exists() == (file in ("config.json", "log.jsonl"))
+
+
+def test_damaged_lines_of_a_log_are_dropped(tmp_path):
+    flags = [*ROBUST_TREE, "--guide", "none", "--eval-samples", "0", "--out", str(tmp_path / "run"), "--steps"]
+    train.main([*flags, "12"])
+    log = tmp_path / "run" / "log.jsonl"
+    good = log.read_bytes()
+    log.write_bytes(b'[1]\n{"step": "x"}\n\xff\xfe\n' + b"[" * 50_000 + b'\n{"step": 3}\n' + good + b'{"step": NaN, "kind": 1}')
+    train.main([*flags, "13"])
+    assert log.read_bytes() == good
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Long runs, and several processes.
+
+@pytest.mark.skipif(not SLOW or not Path("/proc/self/statm").exists(), reason="SLOW_TESTS=1, Linux")
+@pytest.mark.parametrize("flags", [[], ["--selector", "ajest", "--batch", "16", "--filter", "0.5"]], ids=["uniform", "ajest"])
+def test_memory_is_flat_and_the_log_linear(tmp_path, monkeypatch, flags):
+    resident, log = [], train.log
+
+    def measured(state, *rest):
+        log(state, *rest)
+        resident.append((int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"), time.monotonic()))
+    monkeypatch.setattr(train, "log", measured)
+    train.main([*ROBUST_TREE, *flags, "--steps", "20000", "--log-every", "100", "--eval-samples", "0", "--out", str(tmp_path)])
+    resident = resident[-200:]  # not the guide's
+    memory, seconds = np.array(resident).T
+    assert len(resident) == 200 and memory[-20:].mean() - memory[20:40].mean() < 4 * 2 ** 20, memory
+    lines = (tmp_path / "log.jsonl").read_text().splitlines(keepends=True)
+    assert len(lines) == 200 and sum(map(len, lines[100:])) < 1.2 * sum(map(len, lines[:100]))
+
+
+def test_non_finite_losses_end_in_one_line(tmp_path, monkeypatch, capsys):
+    learn = train.State.learn
+    monkeypatch.setattr(train.State, "learn", lambda self, x0, *rest: learn(self, x0 * math.nan, *rest))
+    flags = [*ROBUST_TREE, "--guide", "none", "--steps", "400", "--log-every", "50", "--out", tmp_path]
+    _robust_one_line(capsys, train.main, flags, "--lr")
+    assert [r["skipped"] for r in _records(tmp_path, "train")] == [50, 100]
+
+
+def test_the_time_budget_is_kept_by_a_monotonic_clock(tmp_path, monkeypatch):
+    now = iter(range(10 ** 6))
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(now)))
+    monkeypatch.setattr(time, "time", lambda: 1e9 * (-1) ** next(now))  # a clock that is set back and forth
+    train.main([*ROBUST_TREE, "--guide", "none", "--steps", "10000", "--minutes", "1", "--eval-samples", "0", "--out", str(tmp_path)])
+    assert 10 < model.read(tmp_path / "checkpoint.pt")["progress"]["step"] < 60
+
+
+def _robust_processes(n, flags):
+    """torchrun with n processes; -> (exit code, stderr)."""
+    process = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n),
+                                "train.py", *map(str, flags)], cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True)
+    try:
+        err = process.communicate(timeout=120)[1]
+    finally:
+        process.terminate()  # and with it the processes that it started
+        process.wait()
+    return process.returncode, err
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
+def test_two_processes_give_the_weights_of_one(tmp_path):
+    flags = [*ROBUST_TREE, "--guide", "none", "--eval-samples", "0"]
+    train.main([*flags, "--out", str(tmp_path / "one")])
+    code, err = _robust_processes(2, [*flags, "--out", tmp_path / "two", "--steps", "12"])
+    assert code == 0, err
+    _robust_close(tmp_path / "one", tmp_path / "two", steps=12)
+    train.main([*flags, "--out", str(tmp_path / "two")])  # goes on with one process
+    _robust_close(tmp_path / "one", tmp_path / "two", steps=24)
+
+
+def _robust_close(one, two, steps):
+    a, b = (model.read(run / "checkpoint.pt") for run in (one, two))
+    assert b["progress"]["step"] == steps and [r["step"] for r in _records(two, "train")] == [*range(6, steps + 1, 6)]
+    for r, s in zip(_records(one, "train"), _records(two, "train")):
+        assert r["examples_trained"] == s["examples_trained"] and r["lr"] == s["lr"]
+    if steps == a["progress"]["step"]:
+        for kind in ("model", "ema"):
+            assert all(torch.allclose(x, y, rtol=0, atol=1e-5) for x, y in zip(*(
+                torch.utils._pytree.tree_leaves(c[kind]) for c in (a, b)))), kind
+
+
+@pytest.mark.parametrize("flags, fits", [
+    (["--batch", "64"], False), (["--guide-batch", "64"], False), ([], True),
+    (["--selector", "jest", "--filter", "0.67"], False), (["--selector", "jest", "--filter", "0.5"], True)])
+def test_sizes_that_the_processes_do_not_divide(monkeypatch, flags, fits):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    args = train.build_parser().parse_args([*ROBUST_TREE, "--batch", "66", "--guide-batch", "66", *flags])
+    if fits:
+        train.resolve(args, data.Tree("A"))
+    else:
+        with pytest.raises(data.DataError, match="divisible by the 3 processes"):
+            train.resolve(args, data.Tree("A"))
+
+
+@pytest.mark.skipif(not SLOW, reason="SLOW_TESTS=1")
+@pytest.mark.parametrize("flags", [["--selector", "jest", "--debias"], ["--selector", "ajest", "--until-better", "--gain", "1"],
+                                   ["--dro", "auto", "--selector", "ajest", "--keep", "0.5"]], ids=lambda f: f[1])
+def test_selection_and_all_stages_with_two_processes(tmp_path, flags):
+    flags = [*ROBUST_TREE, *flags]
+    if "--dro" in flags:
+        flags = ["--data", _images(tmp_path / "d.npz", size=8), *ROBUST_IMAGES, *flags[len(ROBUST_TREE):], "--metrics", "auto"]
+    for n, steps in ((2, 6), (1, 9), (2, 12)):  # resumed with another number
+        code, err = _robust_processes(n, [*flags, "--steps", steps, "--log-every", "3", "--out", tmp_path / "run"])
+        assert code == 0, err
+    records = _records(tmp_path / "run", "train")
+    assert [r["step"] for r in records] == [3, 6, 9, 12] and all(math.isfinite(r["loss"]) for r in records)

@@ -723,7 +723,8 @@ def fit(config, dataset, out, guide_path=None, keep=None, class_weights=None, ev
         dro.write(out, journal.records)
     if evaluate and len(evaluations(journal.records, progress["step"])) < len(evaluate.weights):
         run_evaluation(state, journal, evaluate)
-    ranks.agree(0)  # the files of this stage are there
+    if ranks.world > 1:
+        torch.distributed.barrier()  # the files of this stage are there
     return journal.records
 
 

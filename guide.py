@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # D_w = D_guide + w (D_main - D_guide) (2406.02507 eq. 3). Classifier-free guidance is the case
 # guide = Unlabelled(main).
 
@@ -43,7 +43,7 @@ class Unlabelled:
         return self.denoiser(x, sigma, None)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Unit noise whose i-th sample depends on its own seed alone: drawn on the CPU, one generator per sample.
 
 def seeded_noise(seeds, shape, device="cpu", generators=None):
@@ -52,7 +52,7 @@ def seeded_noise(seeds, shape, device="cpu", generators=None):
     return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The noise levels of EDM (eq. 5) and Heun's second-order steps between them.
 
 def noise_levels(steps, sigma_min, sigma_max, rho=7.0):
@@ -88,7 +88,7 @@ def heun(denoiser, noise, labels=None, steps=32, sigma_min=0.002, sigma_max=80.0
     return x
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Samples by seed, in batches of one size (a multiple of 16; the last is padded): one compiled graph, and the same sample
 # to the last bit whatever the batch, since matrix kernels round differently for a handful of rows.
 

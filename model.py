@@ -25,7 +25,7 @@ class CheckpointError(ValueError):
         super().__init__("".join(c if c.isprintable() else " " for c in str(message)))
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Magnitude-preserving building blocks (EDM2, section 2.3 and appendix B): each keeps unit-variance activations at unit
 # variance, so that no normalization by batch statistics is needed.
 
@@ -58,7 +58,7 @@ def resample(x, mode):
     return F.interpolate(x, scale_factor=2, mode="nearest") if mode == "up" else x
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Random Fourier features of the noise level (EDM2 eq. 75): [N] -> [N, channels], unit variance.
 
 class MPFourier(torch.nn.Module):
@@ -71,7 +71,7 @@ class MPFourier(torch.nn.Module):
         return math.sqrt(2) * torch.cos(x.float().outer(self.freqs) + self.phases)  # [batch, channels]
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Convolution (kernel > 0) or linear layer (kernel 0) whose weights have unit norm per output (EDM2 eq. 66). The
 # differentiable normalization runs here, in fp32; `project` makes the stored weights themselves unit-norm, once
 # per optimizer step and outside of the compiled graph.
@@ -100,7 +100,7 @@ def projected_weights(module):
     return [m.weight for m in module.modules() if isinstance(m, MPLayer)]
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Residual block with optional cosine attention (EDM2 figure 21). Encoder blocks normalize each pixel's channels and
 # keep the main path at unit variance; decoder blocks take the concatenated skip connection.
 
@@ -143,7 +143,7 @@ class Block(torch.nn.Module):
         return self.proj(y.transpose(-1, -2).reshape(n, c, h, w))
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The raw network F of EDM2 configuration G: four levels of 1, 2, 3, 4 times `channels`, three blocks a level (four in
 # the decoder), attention at 16x16 and 8x8.
 
@@ -203,7 +203,7 @@ class UNet(torch.nn.Module):
         return self.out(x, self.out_gain)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The raw network F for 2-D points: (x [N, 2], noise_label [N], None) -> [N, 2]. Plain layers: on the tree they reach a
 # hit of 0.84 after 4,096 steps of 816 examples where magnitude-preserving ones reach 0.75.
 
@@ -222,7 +222,7 @@ class MLP(torch.nn.Module):
         return self.out(h)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # EDM preconditioning (2206.00364, table 1) around a raw network, and EDM2's learned uncertainty u(sigma).
 
 def preconditioning(sigma, sigma_data=0.5):
@@ -288,7 +288,7 @@ def build(config):
     return Denoiser(net, config)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # bf16 autocast and one compiled graph with static shapes around a function of tensors. Each gets a code object of its own,
 # since torch allows one code object eight compilations and a run has more functions than that.
 
@@ -302,7 +302,7 @@ def accelerate(function, device, bf16=False, compiled=False):
     return torch.compile(run, fullgraph=True, dynamic=False)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Power-function EMA (EDM2 section 3.1): theta_hat_t = beta_t theta_hat_{t-1} + (1 - beta_t) theta_t with
 # beta_t = (1 - 1/t)^(gamma + 1). beta_1 = 0, so the initialization never enters.
 
@@ -343,7 +343,7 @@ class PowerEMA:
             torch._foreach_copy_(average, values)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Checkpoints: one dictionary of tensors and plain data, read with weights_only=True, replaced atomically.
 
 def save(path, checkpoint):

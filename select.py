@@ -26,7 +26,7 @@ else:
     import torch
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Gumbel-top-k: sampling without replacement from softmax(logits), with inverse inclusion probabilities.
 
 def gumbel(*shape, like, generator=None):
@@ -48,7 +48,7 @@ def gumbel_top_k(logits, k, generator=None):
     return order[:k], (k / len(logits)) / included
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # JEST. Its joint score matrix S_ij = loss_i(learner) - loss_j(reference) is separable for a per-example loss, so the
 # conditional logits of chunk m collapse to score * (m + 1) / (2 m + 1), m the number already chosen: no B x B matrix.
 
@@ -70,7 +70,7 @@ def jest(score, k, chunks=16, generator=None):
     return torch.cat(chosen)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Scores: what makes an example worth training on.
 
 SCORES = ("learnability", "hard", "easy", "gradient-norm", "target-norm")

@@ -45,7 +45,7 @@ SLOW = bool(os.environ.get("SLOW_TESTS"))  # long tests, off by default
 os.environ["DATA_CACHE"] = tempfile.mkdtemp(prefix="test-data-cache-")  # never the user's own
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # select.py
 
 def _interpreters():
@@ -127,7 +127,7 @@ def test_selection_never_waits_for_the_device():
     assert not [word for word in (".item(", ".cpu(", ".numpy(", "nonzero", ".tolist(", "bool(") if word in text]
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # model.py
 
 def _config(kind="image", **changes):
@@ -285,7 +285,7 @@ def test_checkpoint_round_trip(tmp_path):
     assert os.listdir(tmp_path) == ["c.pt"]
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # guide.py
 
 def _gaussian_denoiser(std):
@@ -343,7 +343,7 @@ def test_a_sample_depends_on_its_seed_alone():
         assert torch.equal(backwards.flip(0), reference)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # train.py and sample.py
 
 TINY = ["--steps", "24", "--batch", "64", "--guide-steps", "8", "--guide-batch", "64", "--eval-samples", "256",
@@ -609,7 +609,7 @@ def test_training_beats_the_trivial_denoiser_on_held_out_images(tmp_path):
     assert len(losses) == 3 and losses[-1] < losses[0] < trivial, (losses, trivial)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Class weights
 
 def test_dro_raises_the_weight_of_an_under_fitted_class_only():
@@ -1851,7 +1851,7 @@ def test_compare_refuses_what_cannot_be_compared(tmp_path, capsys):
     assert not (tmp_path / "c.png").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Stopping anywhere: kills, signals, a torn log, a full disk; the same command again ends in the same bits.
 
 
@@ -2047,7 +2047,7 @@ def test_a_full_disk_at_any_file_ends_in_one_line(tmp_path, monkeypatch, capsys)
     assert len(_records(tmp_path / "run", "eval")) == 2
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Damaged, foreign and hostile files: one line that names the file, nothing executed, nothing half-written.
 
 def _robust_deflated(path, checkpoint):
@@ -2272,7 +2272,7 @@ def test_damaged_lines_of_a_log_are_dropped(tmp_path):
     assert log.read_bytes() == good
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Long runs, and several processes.
 
 @pytest.mark.skipif(not SLOW or not Path("/proc/self/statm").exists(), reason="SLOW_TESTS=1, Linux")

@@ -30,7 +30,7 @@ import guide
 import model
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # select.py shares its name with a standard-library module, so it is loaded by path.
 
 def load_select():
@@ -42,7 +42,7 @@ def load_select():
 
 select = load_select()
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Presets by kind and resolution; every value has a flag. The tree follows the toy example of 2406.02507, the images
 # EDM's and EDM2's noise distributions, with a learning-rate decay for short runs.
 
@@ -66,7 +66,7 @@ def preset_name(dataset):
     return dataset.kind if dataset.kind in PRESETS else "32" if dataset.shape[-1] <= 32 else "64"
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The command line. None stands for "the preset's value".
 
 def build_parser():
@@ -156,7 +156,7 @@ def build_parser():
     return parser
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The resolved configuration: a flat dictionary of plain values, written to config.json before the first step.
 
 def resolve(args, dataset):
@@ -230,7 +230,7 @@ def model_config(config):
                 latent_mean=config.get("latent_mean"), latent_std=config.get("latent_std"))
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Several processes (torchrun): each works on its rows of the one draw that (seed, step) defines.
 
 class Ranks:
@@ -283,7 +283,7 @@ class Ranks:
             torch._foreach_copy_(tensors, [p.view_as(t) for p, t in zip(parts, tensors)])
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Seconds of device time between `start` and `stop`; on CUDA by events, so that nothing waits until `seconds` is read.
 
 class Stopwatch:
@@ -312,7 +312,7 @@ class Stopwatch:
         return self.total
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What a checkpoint holds: network, optimizer, EMAs, counters. `learn` is one optimizer step.
 
 class State:
@@ -412,7 +412,7 @@ def forward_flops(config):
     return counter.get_total_flops()
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # One draw: data, noise level and noise, each a function of (seed, step). On the CPU the first examples of a larger draw
 # are those of a smaller one, so that all arms of a comparison see the same.
 
@@ -432,7 +432,7 @@ class Draw:
         return self.ranks.rows(x0, noise, sigma, labels, index)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Online selection: score a super-batch with learner and reference on the same sigma and noise, keep b of B. `active` also
 # keeps the early and late rules.
 
@@ -509,7 +509,7 @@ class Curator:
             self.stats["overlap"] = torch.isin(index, self.state.previous).float().mean()
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Class weights by group DRO (2409.19128; the update is DoReMi's, 2305.10429): the proxy minimizes sum_c alpha_c L_c, where
 # alpha grows for classes whose excess loss over the reference is large. The result is the running mean of alpha.
 
@@ -577,7 +577,7 @@ def read_class_weights(path, names):
     return values
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Files of a run. Everything is written beside its place and renamed, but for the log, which grows by whole lines.
 
 def write_json(path, value):
@@ -652,7 +652,7 @@ class Interrupt:
             signal.signal(number, handler)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The training loop.
 
 def fit(config, dataset, out, guide_path=None, keep=None, class_weights=None, evaluate=None, title="train"):
@@ -819,7 +819,7 @@ def run_evaluation(state, journal, evaluate):
             journal.write({"kind": "eval", **same, **record})
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Evaluation: the same noise for every run and step, unguided and guided; metrics by name and a picture.
 
 class Evaluator:
@@ -906,7 +906,7 @@ def validation_loss(denoiser, dataset, held_out, config, device, batch=256):
     return total / len(held_out)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Pictures: the tree's exact density beside samples; a grid of images, unguided above guided.
 
 def draw_tree(samples, tree, path, size=400, side=3.0):
@@ -945,7 +945,7 @@ def save_image(image, path):
     os.replace(f"{path}.tmp", path)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The stages of a run, each in a folder of its own with its own checkpoint, so that each resumes or is skipped.
 
 RESUMABLE = {"steps", "minutes", "device", "bf16", "compile", "save_every", "eval_every", "eval_samples",
@@ -1137,7 +1137,7 @@ def report(records, out, quiet):
         print(f"wrote {out}/: config.json, log.jsonl, checkpoint.pt" + (", samples.png" if last else ""))
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # --dry-run: what was found, what would be done, and what it needs.
 
 def dry_run(config, dataset, out):

@@ -46,13 +46,14 @@ class DataError(ValueError):
         super().__init__("".join(c if c.isprintable() else " " for c in str(message)))
 
 # ------------------------------------------------------------------------------------------------------------
-# The one line of long work: rewritten in place on a terminal, elsewhere a line every ten seconds and the last.
+# The one line of long work: rewritten in place on a terminal, else a line every ten seconds and the last.
 def progress(text, last=False, shown=[-math.inf]):
     """Show `text` on stderr, at most twice a second; `last` ends the line."""
     now, terminal = time.monotonic(), sys.stderr.isatty()
     if last or now - shown[0] > (0.5 if terminal else 10):
         shown[0] = now
-        print(text.ljust(100) if terminal else text, end="\r" if terminal and not last else "\n", file=sys.stderr, flush=True)
+        print(text.ljust(100) if terminal else text, end="\r" if terminal and not last else "\n",
+              file=sys.stderr, flush=True)
 
 # ------------------------------------------------------------------------------------------------------------
 # A random generator for one purpose at one step. Everything random is a function of (seed, step, name), so
@@ -233,7 +234,7 @@ def unscale(x, mean, std):
     return x.to(torch.float32) * 2 * std + mean
 
 def decode(x, config):
-    """What a denoiser samples -> uint8 images, latents in their own scale, or points. config: the denoiser's."""
+    """What a denoiser of this config samples -> uint8 images, latents in their own scale, or points."""
     if config["kind"] == "latent":
         return unscale(x, config["latent_mean"], config["latent_std"])
     return pixels(x) if config["kind"] == "image" else x
@@ -544,6 +545,7 @@ class _Recorded:
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module, name):
+        """The stand-in for a known name; DataError for any other, so that nothing in the pickle runs."""
         known = {("numpy", "ndarray"): _Recorded, ("numpy", "dtype"): _Recorded,
                  ("multiarray", "_reconstruct"): _Recorded,
                  ("_codecs", "encode"): lambda text, coding: text.encode("latin1")}
@@ -915,7 +917,7 @@ def image_grid(images, columns, side=None):
     return grid
 
 def density_picture(points, size=400, side=3.0):
-    """Pillow image of 2-D points [n, 2]: their log-density from -4 (white) to 3 (black), the square of this side."""
+    """Pillow image of points [n, 2] in a square of this side: log-density from -4 (white) to 3 (black)."""
     rows, columns = ((-points[:, 1] / side + 0.5) * size).long(), ((points[:, 0] / side + 0.5) * size).long()
     inside = (rows >= 0) & (rows < size) & (columns >= 0) & (columns < size)
     counts = torch.bincount((rows * size + columns)[inside], minlength=size * size)
@@ -963,6 +965,7 @@ def parser():
     return p
 
 def run(args):
+    """Carry out the command: print the report and, with --keep, write the kept indices and the picture."""
     if args.keep is not None and not 0 < args.keep <= 1:
         raise DataError(f"--keep {args.keep}: a fraction must be above 0 and at most 1")
     if args.k < 1:
@@ -992,6 +995,7 @@ def run(args):
             raise DataError(f"{path}: cannot be written ({_reason(error)})") from error
 
 def main(argv=None):
+    """The command line; exits with status 2 and one line on stderr for a DataError."""
     args = parser().parse_args(argv)
     try:
         run(args)

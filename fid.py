@@ -127,6 +127,7 @@ class Inception(torch.nn.Module):
         self.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
     def forward(self, images):
+        """uint8 images [N, 3, H, W] -> pooled features, float32 [N, 2048]."""
         x = images.float() / 255  # [N, 3, H, W]
         x = 2 * F.interpolate(x, (299, 299), mode="bilinear", align_corners=False) - 1
         x = x.contiguous(memory_format=torch.channels_last)
@@ -419,8 +420,9 @@ def fit(path,             # file to write
         schedule.step()
         if (step + 1) % per_epoch == 0:
             accuracy = _accuracy(net, map(take, held_out.split(1000)), cast)
-            data.progress(f"epoch {(step + 1) // per_epoch}/{epochs}  loss {loss.item():.3f}  held-out accuracy "
-                      f"{accuracy:.4f}  {time.monotonic() - start:.0f} s", step + 1 == steps)
+            data.progress(f"epoch {(step + 1) // per_epoch}/{epochs}  loss {loss.item():.3f}  "
+                          f"held-out accuracy {accuracy:.4f}  {time.monotonic() - start:.0f} s",
+                          step + 1 == steps)
     model.save(path, dict(
         kind="classifier", width=width, class_names=list(dataset.class_names), size=dataset.shape[-1],
         data_fingerprint=dataset.fingerprint, epochs=epochs, accuracy=accuracy,
@@ -479,7 +481,8 @@ class Summary:
                 n = int(file["n"]) if "n" in file else -1
         except Exception:  # numpy's and zipfile's readers raise many kinds for a damaged file
             raise data.DataError(f"{path}: damaged statistics file") from None
-        if mu.ndim != 1 or not len(mu) or sigma.shape != 2 * mu.shape or not (mu.sum() + sigma.sum()).isfinite():
+        if (mu.ndim != 1 or not len(mu) or sigma.shape != 2 * mu.shape
+                or not (mu.sum() + sigma.sum()).isfinite()):
             raise data.DataError(f"{path}: mu must be [d] and sigma [d, d], all finite")
         return Summary(features_id, n if n >= 0 else None, mu, sigma)
 
@@ -966,6 +969,7 @@ def run(args):
 
 
 def main(argv=None):
+    """The command line -> exit status: 0, or 2 after one line on stderr."""
     try:
         args = build_parser().parse_args(argv)
         check(args)

@@ -1,7 +1,7 @@
 """Autoguidance as a denoiser made of two, and the Heun sampler.
 
-Autoguidance: "Guiding a Diffusion Model with a Bad Version of Itself" (arXiv 2406.02507). The sampler is that of EDM
-(arXiv 2206.00364, algorithms 1 and 2). Used by `sample.py`:
+Autoguidance: "Guiding a Diffusion Model with a Bad Version of Itself" (arXiv 2406.02507). The sampler is that
+of EDM (arXiv 2206.00364, algorithms 1 and 2). Used by `sample.py`:
 
     python sample.py runs/tree-ajest --guidance 3 --out samples.npz
 """
@@ -16,8 +16,8 @@ import torch
 class Autoguided:
     """A denoiser made of two. w = 1 is the main model alone, w = 0 the guide alone, w > 1 guides.
 
-    interval = (lo, hi) restricts guidance to lo <= sigma <= hi (2404.07724); outside of it the guide is not run.
-    Raises ValueError where the two denoise different shapes.
+    interval = (lo, hi) restricts guidance to lo <= sigma <= hi (2404.07724); outside of it the guide is not
+    run. Raises ValueError where the two denoise different shapes.
     """
 
     def __init__(self, main, guide, w, interval=None):
@@ -47,7 +47,7 @@ class Unlabelled:
 # Unit noise whose i-th sample depends on its own seed alone: drawn on the CPU, one generator per sample.
 
 def seeded_noise(seeds, shape, device="cpu", generators=None):
-    """Unit normal noise, one sample of `shape` per seed: -> fp32 [len(seeds), *shape]. `generators` continue a stream."""
+    """Unit normal noise, a sample per seed: fp32 [len(seeds), *shape]. `generators` continue a stream."""
     generators = generators or [torch.Generator().manual_seed(int(seed)) for seed in seeds]
     return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
@@ -68,9 +68,9 @@ def heun(denoiser, noise, labels=None, steps=32, sigma_min=0.002, sigma_max=80.0
     """Integrate the probability-flow ODE from `noise` (unit normal [N, ...]) to samples [N, ...].
 
     S_churn > 0 adds fresh noise before each step whose sigma lies in [S_min, S_max] (EDM algorithm 2);
-    fresh_noise() must return unit noise of noise's shape. The noise level is handed to the denoiser as a number on
-    the host, so that a guidance interval needs no device synchronization. steps denoiser calls for the Euler
-    halves and steps - 1 for the corrections: 2 * steps - 1 in all.
+    fresh_noise() must return unit noise of noise's shape. The noise level is handed to the denoiser as a
+    number on the host, so that a guidance interval needs no device synchronization. steps denoiser calls for
+    the Euler halves and steps - 1 for the corrections: 2 * steps - 1 in all.
     """
     levels = noise_levels(steps, sigma_min, sigma_max, rho).tolist()
     x = noise * levels[0]
@@ -89,8 +89,8 @@ def heun(denoiser, noise, labels=None, steps=32, sigma_min=0.002, sigma_max=80.0
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Samples by seed, in batches of one size (a multiple of 16; the last is padded): one compiled graph, and the same sample
-# to the last bit whatever the batch, since matrix kernels round differently for a handful of rows.
+# Samples by seed, in batches of one size (a multiple of 16; the last is padded): one compiled graph, and the
+# same sample to the last bit whatever the batch, since matrix kernels round differently for few rows.
 
 def generate(denoiser, seeds, labels=None, batch=256, device="cpu", **sampler):
     """Yield samples [<= batch, ...] for seeds [N] and labels int64 [N] or None; `sampler` goes to `heun`."""

@@ -1,8 +1,8 @@
 """Denoisers: the EDM2 UNet for images and latents, an MLP for 2-D points, EDM preconditioning, loss and EMA.
 
 The network is configuration G of "Analyzing and Improving the Training Dynamics of Diffusion Models" (EDM2,
-arXiv 2312.02696); preconditioning and loss are those of EDM (arXiv 2206.00364). Everything a checkpoint needs to be
-sampled from is in the checkpoint:
+arXiv 2312.02696); preconditioning and loss are those of EDM (arXiv 2206.00364). Everything a checkpoint needs
+to be sampled from is in the checkpoint:
 
     python -c "import model; print(model.load_denoiser('runs/tree-ajest/checkpoint.pt'))"
 """
@@ -26,11 +26,11 @@ class CheckpointError(ValueError):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Magnitude-preserving building blocks (EDM2, section 2.3 and appendix B): each keeps unit-variance activations at unit
-# variance, so that no normalization by batch statistics is needed.
+# Magnitude-preserving building blocks (EDM2, section 2.3 and appendix B): each keeps unit-variance
+# activations at unit variance, so that no normalization by batch statistics is needed.
 
 def normalize(x, dim, eps=1e-4):
-    """x / rms(x) over `dim`, the statistics in fp32; the result has x's dtype (EDM2 eq. 47, with a floor for eps)."""
+    """x / rms(x) over `dim`, statistics in fp32, result in x's dtype (EDM2 eq. 47, with a floor for eps)."""
     rms = x.float().square().mean(dim, keepdim=True).sqrt().clamp_min(eps)
     return x / rms.to(x.dtype)
 
@@ -72,16 +72,18 @@ class MPFourier(torch.nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Convolution (kernel > 0) or linear layer (kernel 0) whose weights have unit norm per output (EDM2 eq. 66). The
-# differentiable normalization runs here, in fp32; `project` makes the stored weights themselves unit-norm, once
-# per optimizer step and outside of the compiled graph.
+# Convolution (kernel > 0) or linear layer (kernel 0) whose weights have unit norm per output (EDM2 eq. 66).
+# The differentiable normalization runs here, in fp32; `project` makes the stored weights themselves
+# unit-norm, once per optimizer step and outside of the compiled graph.
 
 class MPLayer(torch.nn.Module):
     def __init__(self, in_channels, out_channels, kernel=0):
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.randn(out_channels, in_channels, *[kernel] * (2 if kernel else 0)))
+        self.weight = torch.nn.Parameter(
+            torch.randn(out_channels, in_channels, *[kernel] * (2 if kernel else 0)))
 
     def forward(self, x, gain=1.0):
+        """x [N, in_channels, ...] -> [N, out_channels, ...] in x's dtype; `gain` multiplies the result."""
         w = normalize(self.weight.float(), dim=tuple(range(1, self.weight.ndim)))
         w = (w * (gain / math.sqrt(w[0].numel()))).to(x.dtype)
         return F.conv2d(x, w, padding=w.shape[-1] // 2) if w.ndim == 4 else F.linear(x, w)
@@ -89,8 +91,9 @@ class MPLayer(torch.nn.Module):
 
 @torch.no_grad()
 def project(weights):
-    """Scale every row of every weight to rms 1, in place; changes no output of the network. weights: list of tensors."""
-    scales = [w.square().mean(tuple(range(1, w.ndim)), keepdim=True).sqrt_().clamp_min_(1e-4) for w in weights]
+    """Scale every row of a list of weight tensors to rms 1, in place; changes no output of the network."""
+    scales = [w.square().mean(tuple(range(1, w.ndim)), keepdim=True).sqrt_().clamp_min_(1e-4)
+              for w in weights]
     if weights:
         torch._foreach_div_(weights, scales)
 
@@ -101,8 +104,8 @@ def projected_weights(module):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Residual block with optional cosine attention (EDM2 figure 21). Encoder blocks normalize each pixel's channels and
-# keep the main path at unit variance; decoder blocks take the concatenated skip connection.
+# Residual block with optional cosine attention (EDM2 figure 21). Encoder blocks normalize each pixel's
+# channels and keep the main path at unit variance; decoder blocks take the concatenated skip connection.
 
 class Block(torch.nn.Module):
     def __init__(self, in_channels, out_channels, emb_channels, decoder=False, mode="keep", attention=False,
@@ -138,20 +141,20 @@ class Block(torch.nn.Module):
     def attend(self, x):
         n, c, h, w = x.shape
         qkv = self.qkv(x).reshape(n, self.heads, 3, c // self.heads, h * w)
-        q, k, v = normalize(qkv, dim=3).transpose(-1, -2).unbind(2)  # [batch, heads, pixels, channels / heads]
-        y = F.scaled_dot_product_attention(q, k, v)  # unit-rms q and k: cosine similarity times sqrt(channels / heads)
+        q, k, v = normalize(qkv, dim=3).transpose(-1, -2).unbind(2)  # [batch, heads, pixels, c / heads]
+        y = F.scaled_dot_product_attention(q, k, v)  # unit-rms q, k: cosine similarity times sqrt(c / heads)
         return self.proj(y.transpose(-1, -2).reshape(n, c, h, w))
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The raw network F of EDM2 configuration G: four levels of 1, 2, 3, 4 times `channels`, three blocks a level (four in
-# the decoder), attention at 16x16 and 8x8.
+# The raw network F of EDM2 configuration G: four levels of 1, 2, 3, 4 times `channels`, three blocks a level
+# (four in the decoder), attention at 16x16 and 8x8.
 
 class UNet(torch.nn.Module):
     """F(x, noise_label, class_labels): ([N, C, H, W], [N], int64 [N] or None) -> [N, C, H, W].
 
-    classes = 0 is the unconditional network. A label of -1 stands for "no class" (its embedding is zero), which
-    is what classifier-free guidance asks for. Raises ValueError for a resolution that is not a multiple of 8.
+    classes = 0 is the unconditional network. A label of -1 stands for "no class" (its embedding is zero),
+    which classifier-free guidance asks for. Raises ValueError for a resolution that is not a multiple of 8.
     """
 
     def __init__(self, resolution=64, in_channels=3, channels=64, classes=1000, dropout=0.0, blocks=3):
@@ -168,27 +171,30 @@ class UNet(torch.nn.Module):
         width = channels
         for level, w in enumerate(widths):
             attention = resolution >> level in (8, 16)
-            for i in range(blocks + (level > 0)):  # the first block of each level but the top one halves the resolution
+            for i in range(blocks + (level > 0)):  # the first block of each lower level halves the resolution
                 down = level > 0 and i == 0
                 self.encoder.append(Block(width, width if down else w, emb, mode="down" if down else "keep",
                                           attention=attention and not down, dropout=dropout))
                 skips.append(width := width if down else w)
         for level, w in reversed(list(enumerate(widths))):
             attention = resolution >> level in (8, 16)
-            for i in range(2 if level == 3 else 1):  # two blocks at the bottom; elsewhere one that doubles the resolution
+            # two blocks at the bottom; elsewhere one that doubles the resolution
+            for i in range(2 if level == 3 else 1):
                 self.decoder.append(Block(width, width, emb, True, mode="keep" if level == 3 else "up",
                                           attention=level == 3 and i == 0, dropout=dropout))
             for _ in range(blocks + 1):
-                self.decoder.append(Block(width + skips.pop(), w, emb, True, attention=attention, dropout=dropout,
-                                          takes_skip=True))
+                self.decoder.append(Block(width + skips.pop(), w, emb, True, attention=attention,
+                                          dropout=dropout, takes_skip=True))
                 width = w
         self.out = MPLayer(width, in_channels, 3)
         self.out_gain = torch.nn.Parameter(torch.zeros([]))
 
     def forward(self, x, noise_label, class_labels=None):
+        """x [N, C, H, W] = c_in times the noisy input, noise_label [N] = c_noise -> F [N, C, H, W]."""
         emb = self.emb_noise(self.fourier(noise_label))  # [batch, 4 * channels]
         if self.emb_class is not None:
-            one_hot = torch.arange(self.classes, device=x.device) == (-1 if class_labels is None else class_labels[:, None])
+            label = -1 if class_labels is None else class_labels[:, None]
+            one_hot = torch.arange(self.classes, device=x.device) == label
             one_hot = one_hot.expand(len(x), -1).to(emb.dtype) * math.sqrt(self.classes)
             emb = mp_sum(emb, self.emb_class(one_hot), 0.5)
         emb = mp_silu(emb)
@@ -204,8 +210,8 @@ class UNet(torch.nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The raw network F for 2-D points: (x [N, 2], noise_label [N], None) -> [N, 2]. Plain layers: on the tree they reach a
-# hit of 0.84 after 4,096 steps of 816 examples where magnitude-preserving ones reach 0.75.
+# The raw network F for 2-D points: (x [N, 2], noise_label [N], None) -> [N, 2]. Plain layers: on the tree
+# they reach a hit of 0.84 after 4,096 steps of 816 examples where magnitude-preserving ones reach 0.75.
 
 class MLP(torch.nn.Module):
     def __init__(self, channels=64, layers=4):
@@ -244,8 +250,8 @@ def per_example_loss(D_x, x0, sigma, sigma_data=0.5):
 class Denoiser(torch.nn.Module):
     """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise) for a raw network F (EDM eq. 7).
 
-    denoiser(x [N, ...], sigma [N] or a number, labels int64 [N] or None) -> [N, ...] in fp32. `config` is the plain
-    dictionary that `build` made it from; it also holds `kind`, `shape` and `class_names` of the data.
+    denoiser(x [N, ...], sigma [N] or a number, labels int64 [N] or None) -> [N, ...] in fp32. `config` is the
+    plain dictionary that `build` made it from; it also holds `kind`, `shape` and `class_names` of the data.
     """
 
     def __init__(self, net, config):
@@ -259,23 +265,25 @@ class Denoiser(torch.nn.Module):
     def forward(self, x, sigma, labels=None):
         x = x.float()
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(len(x))
-        c_skip, c_out, c_in, c_noise = (c.reshape(-1, *[1] * (x.ndim - 1)) for c in preconditioning(sigma, self.sigma_data))
+        c_skip, c_out, c_in, c_noise = (c.reshape(-1, *[1] * (x.ndim - 1))
+                                        for c in preconditioning(sigma, self.sigma_data))
         F_x = self.net(c_in * x, c_noise.flatten(), labels if self.classes else None)
         return c_skip * x + c_out * F_x.float()
 
     def u(self, sigma):
-        """Learned log-uncertainty of the loss at each noise level, [N] -> [N] (EDM2 section 2.2); UNet only."""
+        """Learned log-uncertainty of the loss at a noise level, [N] -> [N] (EDM2 section 2.2); UNet only."""
         return self.u_out(self.u_fourier(sigma.log() / 4)).squeeze(1).float()
 
     def loss(self, x0, noise, sigma, labels=None):
-        """Per-example EDM loss at x0 + sigma * noise: x0, noise [N, ...], sigma [N] -> (loss [N], D_x [N, ...])."""
+        """EDM losses at x0 + sigma * noise: x0, noise [N, ...], sigma [N] -> (loss [N], D_x [N, ...])."""
         D_x = self(x0 + sigma.reshape(-1, *[1] * (x0.ndim - 1)) * noise, sigma, labels)
         return per_example_loss(D_x, x0, sigma, self.sigma_data), D_x
 
     def loss_of_zero(self, x0, noise, sigma):
         """The loss [N] of the trivial denoiser c_skip x (F = 0), without running the network."""
         s = sigma.reshape(-1, *[1] * (x0.ndim - 1))
-        return per_example_loss(preconditioning(s, self.sigma_data)[0] * (x0 + s * noise), x0, sigma, self.sigma_data)
+        D_x = preconditioning(s, self.sigma_data)[0] * (x0 + s * noise)
+        return per_example_loss(D_x, x0, sigma, self.sigma_data)
 
 
 def build(config):
@@ -289,8 +297,8 @@ def build(config):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# bf16 autocast and one compiled graph with static shapes around a function of tensors. Each gets a code object of its own,
-# since torch allows one code object eight compilations and a run has more functions than that.
+# bf16 autocast and one compiled graph with static shapes around a function of tensors. Each gets its own
+# code object, since torch allows one code object eight compilations and a run has more functions than that.
 
 def accelerate(function, device, bf16=False, compiled=False):
     def run(*args):
@@ -307,13 +315,13 @@ def accelerate(function, device, bf16=False, compiled=False):
 # beta_t = (1 - 1/t)^(gamma + 1). beta_1 = 0, so the initialization never enters.
 
 def ema_gamma(std):
-    """Exponent gamma of the profile whose standard deviation is `std` times the training time (EDM2 eq. 123)."""
+    """Exponent gamma of the profile with standard deviation `std` times the training time (EDM2 eq. 123)."""
     inverse = std ** -2  # std^2 (gamma + 2)^2 (gamma + 3) = gamma + 1, solved for its largest real root
     return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
 
 
 class PowerEMA:
-    """Averages of a module's parameters at several relative lengths `stds` (0.05 = 5 % of the training so far)."""
+    """Averages of a module's parameters at relative lengths `stds` (0.05 = 5 % of the training so far)."""
 
     def __init__(self, module, stds):
         self.params = [p for p in module.parameters()]
@@ -347,7 +355,7 @@ class PowerEMA:
 # Checkpoints: one dictionary of tensors and plain data, read with weights_only=True, replaced atomically.
 
 def save(path, checkpoint):
-    """Write `checkpoint` to a temporary file beside `path`, flush it to the disk, then rename it over `path`."""
+    """Write `checkpoint` to a temporary file beside `path`, flush it to disk, then rename it over `path`."""
     temporary = f"{path}.tmp"
     try:
         with open(temporary, "wb") as file:
@@ -364,7 +372,7 @@ def save(path, checkpoint):
 def read(path, device="cpu"):
     """The checkpoint dictionary of a file that `save` wrote; CheckpointError for anything else."""
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load looks at no checksum, and inflates what is compressed
+        with zipfile.ZipFile(path) as archive:  # torch.load ignores checksums and inflates what is compressed
             if any(m.compress_type for m in archive.infolist()) or archive.testzip():
                 raise ValueError
         checkpoint = torch.load(path, map_location=device, weights_only=True)
@@ -375,12 +383,13 @@ def read(path, device="cpu"):
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("format"), int):
         raise CheckpointError(f"{path}: not a checkpoint of this program")
     if checkpoint["format"] > FORMAT:
-        raise CheckpointError(f"{path}: written by a later version (format {checkpoint['format']}, this is {FORMAT})")
+        raise CheckpointError(f"{path}: written by a later version "
+                              f"(format {checkpoint['format']}, this is {FORMAT})")
     return checkpoint
 
 
 def denoiser_from(checkpoint, path, ema=None, device="cpu"):
-    """The denoiser in a checkpoint dictionary. `ema`: an EMA length in it, None = the first, 0 = the raw weights."""
+    """The denoiser in a checkpoint dictionary. `ema`: a length in it, None = the first, 0 = raw weights."""
     try:
         config = dict(class_names=[], sigma_max=80.0, guidance=1.0) | checkpoint["model_config"]
         averages = checkpoint["ema"]
@@ -403,19 +412,21 @@ def denoiser_from(checkpoint, path, ema=None, device="cpu"):
 
 
 def check_config(config):
-    """ValueError where a stored model configuration lacks the plain values that building and sampling rely on."""
+    """ValueError where a stored configuration lacks the plain values that building and sampling rely on."""
     shape, moments = config["shape"], [config.get(key) or [] for key in ("latent_mean", "latent_std")]
-    numbers = [config["sigma_data"], config.get("sigma_max", 1), config.get("guidance", 1), *moments[0], *moments[1]]
+    numbers = [config["sigma_data"], config.get("sigma_max", 1), config.get("guidance", 1),
+               *moments[0], *moments[1]]
     flat = config["net"] == "mlp"
     if not (all(type(n) in (int, float) and math.isfinite(n) for n in numbers) and min(numbers[:2]) > 0
             and all(type(n) is int and n > 0 for n in shape) and config["kind"] in ("tree", "image", "latent")
-            and flat == (config["kind"] == "tree") and (shape == [2] if flat else len(shape) == 3 and shape[1] == shape[2])
+            and flat == (config["kind"] == "tree")
+            and (shape == [2] if flat else len(shape) == 3 and shape[1] == shape[2])
             and all(len(m) in (0, shape[0]) for m in moments) and type(config["classes"]) is int
             and config["classes"] >= 0 and all(type(name) is str for name in config.get("class_names", []))):
         raise ValueError("its configuration")
 
 
 def load_denoiser(path, ema=None, device="cpu"):
-    """The denoiser stored at `path`, a checkpoint file or a run folder; ready for sampling or as a reference."""
+    """The denoiser at `path`, a checkpoint file or a run folder; ready for sampling or as a reference."""
     path = os.path.join(path, "checkpoint.pt") if os.path.isdir(path) else path
     return denoiser_from(read(path, device), path, ema, device)

@@ -23,7 +23,8 @@ import model
 
 def build_parser():
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], allow_abbrev=False, usage="%(prog)s RUN_OR_CHECKPOINT --out OUT [flags]",
+        description=__doc__.split("\n\n")[0], allow_abbrev=False,
+        usage="%(prog)s RUN_OR_CHECKPOINT --out OUT [flags]",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110))
     on_off = argparse.BooleanOptionalAction
     parser.add_argument("checkpoint", metavar="RUN_OR_CHECKPOINT", help="run folder or checkpoint file")
@@ -31,13 +32,18 @@ def build_parser():
     parser.add_argument("--out", required=True, help="grid.png, samples.npz, or a folder/ of PNG files")
     parser.add_argument("--seed", type=int, default=0, help="sample i is drawn from seed + i")
     parser.add_argument("--class", dest="label", help="class name or number (default: all in turn)")
-    parser.add_argument("--ema", type=float, help="EMA length (default: the checkpoint's first; 0 = raw weights)")
+    parser.add_argument("--ema", type=float,
+                        help="EMA length (default: the checkpoint's first; 0 = raw weights)")
     parser.add_argument("--batch", type=int, default=64, help="samples at a time")
-    parser.add_argument("--columns", type=int, default=0, help="columns of a grid (0 = the classes, or square)")
+    parser.add_argument("--columns", type=int, default=0,
+                        help="columns of a grid (0 = the classes, or square)")
     g = parser.add_argument_group("guidance")
-    g.add_argument("--guidance", type=float, help="weight w, 1 = off (default: as trained, 1 without a guide)")
-    g.add_argument("--guide", help="checkpoint; self = the model without its label (default: the run's own guide)")
-    g.add_argument("--interval", type=float, nargs=2, metavar=("LO", "HI"), help="guide only at LO <= sigma <= HI")
+    g.add_argument("--guidance", type=float,
+                   help="weight w, 1 = off (default: as trained, 1 without a guide)")
+    g.add_argument("--guide",
+                   help="checkpoint; self = the model without its label (default: the run's own guide)")
+    g.add_argument("--interval", type=float, nargs=2, metavar=("LO", "HI"),
+                   help="guide only at LO <= sigma <= HI")
     g = parser.add_argument_group("sampler (EDM, arXiv 2206.00364, algorithms 1 and 2)")
     g.add_argument("--steps", type=int, default=32, help="Heun steps")
     g.add_argument("--sigma-min", type=float, default=0.002, help="last noise level before 0")
@@ -48,7 +54,8 @@ def build_parser():
     g.add_argument("--S-max", type=float, default=float("inf"), help="highest noise level with churn")
     g.add_argument("--S-noise", type=float, default=1.0, help="standard deviation of the churn's noise")
     g = parser.add_argument_group("machine")
-    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or mps")
+    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                   help="cpu, cuda or mps")
     g.add_argument("--bf16", action=on_off, help="bf16 autocast (default: on CUDA)")
     g.add_argument("--compile", action=on_off, help="torch.compile (default: on CUDA)")
     for action in parser._actions:
@@ -63,7 +70,8 @@ def check(args):
         raise data.DataError("--n, --batch and --steps must be at least 1")
     if abs(args.seed) >= 2 ** 62:
         raise data.DataError(f"--seed {args.seed}: too large, give less than 2^62")
-    if args.sigma_min <= 0 or args.rho <= 0 or args.sigma_max is not None and args.sigma_max <= args.sigma_min:
+    if (args.sigma_min <= 0 or args.rho <= 0
+            or args.sigma_max is not None and args.sigma_max <= args.sigma_min):
         raise data.DataError("--sigma-min and --rho must be positive, --sigma-max above --sigma-min")
     folder = os.path.dirname(args.out.rstrip("/")) or "."
     if not os.path.isdir(folder):
@@ -80,7 +88,7 @@ def check(args):
 # The denoiser that is sampled: the main model, guided where a guide is at hand.
 
 def load(args):
-    """-> (callable denoiser, the main model's configuration); CheckpointError or DataError names the file or flag."""
+    """-> (denoiser, the main model's configuration); CheckpointError or DataError names the file or flag."""
     main = model.load_denoiser(args.checkpoint, args.ema, args.device)
     run = Path(args.checkpoint) if os.path.isdir(args.checkpoint) else Path(args.checkpoint).parent
     own = [p for p in (run / "guide" / "checkpoint.pt", run / "reference" / "checkpoint.pt") if p.exists()]
@@ -134,13 +142,14 @@ def write(samples, labels, config, args):
     elif config["kind"] == "tree":
         data.density_picture(samples).save(f"{args.out}.tmp", format="PNG")
     else:
-        columns = args.columns or (min(len(config["class_names"]), 20) if labels is not None and args.label is None
-                                   else round(args.n ** 0.5))
+        columns = args.columns or (min(len(config["class_names"]), 20)
+                                   if labels is not None and args.label is None else round(args.n ** 0.5))
         data.image_grid(samples, columns).save(f"{args.out}.tmp", format="PNG")
     os.replace(f"{args.out}.tmp", args.out)
 
 
 def main(argv=None):
+    """Sample and write --out; exits with status 2 and one line on stderr where that is not possible."""
     args = build_parser().parse_args(argv)
     try:
         check(args)
@@ -148,11 +157,13 @@ def main(argv=None):
         labels = labels_of(args, config)
         folder = Path(args.out) if not os.path.splitext(args.out)[1] else None
         if folder and config["kind"] != "image":
-            raise data.DataError(f"--out {args.out}: a folder holds images; give an .npz for {config['kind']} samples")
+            raise data.DataError(f"--out {args.out}: a folder holds images; "
+                                 f"give an .npz for {config['kind']} samples")
         if folder:
             folder.mkdir(exist_ok=True)
-        sampler = dict(steps=args.steps, sigma_min=args.sigma_min, sigma_max=args.sigma_max or config["sigma_max"],
-                       rho=args.rho, S_churn=args.S_churn, S_min=args.S_min, S_max=args.S_max, S_noise=args.S_noise)
+        sampler = dict(steps=args.steps, sigma_min=args.sigma_min,
+                       sigma_max=args.sigma_max or config["sigma_max"], rho=args.rho,
+                       S_churn=args.S_churn, S_min=args.S_min, S_max=args.S_max, S_noise=args.S_noise)
         seeds, parts, done = range(args.seed, args.seed + args.n), [], 0
         for x in guide.generate(denoiser, seeds, labels, args.batch, args.device, **sampler):
             x = data.decode(x, config).cpu()

@@ -1,7 +1,7 @@
 """Every test: python -m pytest test_all.py, or pytest test_all.py. No network, no data, two CPU cores.
 
-Each holds the code against an independent reference: a naive version, a closed form, a published layout. The long ones
-(random kills, the compiled UNet) run with SLOW_TESTS=1.
+Each holds the code against an independent reference: a naive version, a closed form, a published layout. The
+long ones (random kills, the compiled UNet) run with SLOW_TESTS=1.
 """
 import errno
 import functools
@@ -63,7 +63,7 @@ def test_standard_library_finds_its_own_select(python):
 
 
 def _naive_jest(learner, reference, k, chunks, generator):
-    """The published matrix form: conditional logits from S_ij = learner_i - reference_j, one draw at a time."""
+    """The published matrix form: conditional logits from S_ij = learner_i - reference_j, draw by draw."""
     S = learner[:, None] - reference[None, :]
     n, chosen, size = len(learner), [], k // chunks
     for start in range(0, k, size):
@@ -80,7 +80,8 @@ def _naive_jest(learner, reference, k, chunks, generator):
 
 def test_jest_includes_as_often_as_the_matrix_form():
     generator = torch.Generator().manual_seed(0)
-    learner, reference = torch.rand(24, generator=generator).double() * 3, torch.rand(24, generator=generator).double()
+    learner = torch.rand(24, generator=generator).double() * 3
+    reference = torch.rand(24, generator=generator).double()
     runs, k, chunks = 8000, 9, 4  # 4 chunks of 2 and a remainder of 1
     counts = torch.zeros(2, 24)
     for _ in range(runs):
@@ -124,7 +125,8 @@ def test_scores():
 
 def test_selection_never_waits_for_the_device():
     text = (HERE / "select.py").read_text().split("else:\n    import torch", 1)[1]
-    assert not [word for word in (".item(", ".cpu(", ".numpy(", "nonzero", ".tolist(", "bool(") if word in text]
+    assert not [word for word in (".item(", ".cpu(", ".numpy(", "nonzero", ".tolist(", "bool(")
+                if word in text]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -147,9 +149,11 @@ def _randomized(denoiser):
 
 
 @pytest.mark.parametrize("resolution, classes, channels, parameters, gflop", [
-    (64, 1000, 64, 31.3, 22.7), (64, 1000, 128, 124.7, 89.9), (32, 10, 64, 29.7, 6.0), (32, 10, 128, 118.7, 23.5)])
+    (64, 1000, 64, 31.3, 22.7), (64, 1000, 128, 124.7, 89.9),
+    (32, 10, 64, 29.7, 6.0), (32, 10, 128, 118.7, 23.5)])
 def test_unet_has_the_published_size(resolution, classes, channels, parameters, gflop):
-    with torch.device("meta"), torch.no_grad(), torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+    counter = torch.utils.flop_counter.FlopCounterMode(display=False)
+    with torch.device("meta"), torch.no_grad(), counter:
         net = model.UNet(resolution, 3, channels, classes)
         net(torch.empty(1, 3, resolution, resolution), torch.empty(1), torch.zeros(1, dtype=torch.long))
     assert round(sum(p.numel() for p in net.parameters()) / 1e6, 1) == parameters
@@ -171,8 +175,9 @@ def test_unet_keeps_magnitudes_near_one():
     rms = {name: value.square().mean().sqrt().item() for name, value in seen.items()}
     assert all(0.6 < r < 1.6 for r in rms.values()), rms
     assert 0.6 < out.square().mean().sqrt() < 1.6
-    grads = [value.grad.square().mean().sqrt().item() for value in seen.values()]  # per element, in forward order
-    assert all(0.4 < a / b < 2.5 for a, b in zip(grads, grads[1:])), grads  # neither vanish nor explode between blocks
+    grads = [value.grad.square().mean().sqrt().item() for value in seen.values()]  # in forward order
+    # neither vanish nor explode between blocks
+    assert all(0.4 < a / b < 2.5 for a, b in zip(grads, grads[1:])), grads
 
 
 def test_projection_leaves_the_function_unchanged():
@@ -205,7 +210,7 @@ def test_preconditioning_and_loss_in_closed_form():
     assert torch.allclose(c_out ** 2, 0.25 * sigma ** 2 / (sigma ** 2 + 0.25))
     assert torch.allclose(c_in ** 2 * (sigma ** 2 + 0.25), torch.ones(4, dtype=torch.float64))
     assert torch.allclose(model.loss_weight(sigma) * c_out ** 2, torch.ones(4, dtype=torch.float64))
-    # F = 0 gives D = c_skip x; its expected loss on data of variance sigma_data^2 is exactly 1 at every sigma.
+    # F = 0 gives D = c_skip x; its expected loss on data of variance sigma_data^2 is 1 at every sigma.
     denoiser = model.build(_config("tree"))
     torch.nn.init.zeros_(denoiser.net.out.bias)
     torch.manual_seed(0)
@@ -234,11 +239,13 @@ def test_power_function_ema_in_closed_form():
         assert math.isclose((gamma + 1) ** 0.5 / ((gamma + 2) * (gamma + 3) ** 0.5), std, rel_tol=1e-9)
         t = torch.arange(0, 201, dtype=torch.float64)
         survive = (1 - 1 / t[2:]) ** (gamma + 1)  # beta_2 ... beta_200
-        weights = torch.stack([(1 - (1 - 1 / t[i]) ** (gamma + 1)) * survive[i - 1:].prod() for i in range(1, 201)])
+        weights = torch.stack([(1 - (1 - 1 / t[i]) ** (gamma + 1)) * survive[i - 1:].prod()
+                               for i in range(1, 201)])
         assert math.isclose(weights.sum().item(), 1, rel_tol=1e-9)
         expected = sum(w * h for w, h in zip(weights, history))
         assert torch.allclose(ema.averages[std][0].double(), expected, atol=1e-5)
-        continuous = (t[1:] / 200) ** (gamma + 1) - (t[:-1] / 200) ** (gamma + 1)  # the power function's own weights
+        # the power function's own weights
+        continuous = (t[1:] / 200) ** (gamma + 1) - (t[:-1] / 200) ** (gamma + 1)
         assert torch.allclose(weights, continuous, atol=1e-6)
 
 
@@ -252,7 +259,8 @@ def test_bf16_and_compilation_change_little():
         assert (half - exact).norm() / exact.norm() < 1e-2
 
 
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="torch.compile needs a C++ compiler")
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")),
+                    reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("part", ["mlp", "block"] + ["unet"] * SLOW)
 def test_compiled_equals_eager(part):
     torch.manual_seed(0)
@@ -267,7 +275,8 @@ def test_compiled_equals_eager(part):
         function = lambda *rows: denoiser.loss(*rows)[0]
         rows = x0, torch.randn_like(x0), torch.rand(4) + 0.1, torch.tensor([0, 1, 2, -1])
     with torch.no_grad():
-        assert torch.allclose(model.accelerate(function, "cpu", compiled=True)(*rows), function(*rows), rtol=1e-5, atol=1e-5)
+        compiled = model.accelerate(function, "cpu", compiled=True)
+        assert torch.allclose(compiled(*rows), function(*rows), rtol=1e-5, atol=1e-5)
 
 
 def test_checkpoint_round_trip(tmp_path):
@@ -276,7 +285,8 @@ def test_checkpoint_round_trip(tmp_path):
     ema = model.PowerEMA(denoiser, (0.05, 0.10))
     x = torch.randn(2, 3, 16, 16)
     expected = denoiser(x, 0.7, torch.tensor([0, 1]))
-    model.save(tmp_path / "c.pt", dict(model_config=denoiser.config, model=denoiser.state_dict(), ema=ema.state_dict()))
+    model.save(tmp_path / "c.pt",
+               dict(model_config=denoiser.config, model=denoiser.state_dict(), ema=ema.state_dict()))
     for which in (None, 0.10, 0):
         again = model.load_denoiser(tmp_path / "c.pt", which)
         assert torch.equal(again(x, 0.7, torch.tensor([0, 1])), expected)
@@ -297,7 +307,8 @@ def _gaussian_denoiser(std):
 
 def test_heun_converges_at_second_order_to_the_exact_end_point():
     noise = torch.randn(64, 2, dtype=torch.float64)
-    exact = noise * 5 * 0.5 / math.sqrt(25 + 0.25)  # x(sigma) = x(sigma_max) sqrt(s^2 + sigma^2) / sqrt(s^2 + sigma_max^2)
+    # x(sigma) = x(sigma_max) sqrt(s^2 + sigma^2) / sqrt(s^2 + sigma_max^2)
+    exact = noise * 5 * 0.5 / math.sqrt(25 + 0.25)
     errors = []
     for steps in (32, 64, 128):
         x = guide.heun(_gaussian_denoiser(0.5), noise, steps=steps, sigma_min=0.002, sigma_max=5.0)
@@ -313,12 +324,14 @@ def test_churn_keeps_the_distribution():
                    fresh_noise=lambda: torch.randn_like(noise))
     assert abs(x.std() - 0.5) < 0.01
     still = guide.heun(_gaussian_denoiser(0.5), noise, steps=64, sigma_max=5.0)
-    assert (torch.corrcoef(torch.stack([x.flatten(), still.flatten()]))[0, 1]).abs() < 0.9  # and it does add noise
+    # and it does add noise
+    assert (torch.corrcoef(torch.stack([x.flatten(), still.flatten()]))[0, 1]).abs() < 0.9
 
 
 def test_autoguidance_weights_and_interval():
     main, weak, x = _gaussian_denoiser(0.5), _gaussian_denoiser(1.0), torch.randn(5, 2)
-    for w, expected in ((1, main(x, 0.3)), (0, weak(x, 0.3)), (2.5, weak(x, 0.3) + 2.5 * (main(x, 0.3) - weak(x, 0.3)))):
+    for w, expected in ((1, main(x, 0.3)), (0, weak(x, 0.3)),
+                        (2.5, weak(x, 0.3) + 2.5 * (main(x, 0.3) - weak(x, 0.3)))):
         assert torch.allclose(guide.Autoguided(main, weak, w)(x, torch.tensor(0.3)), expected)
     limited = guide.Autoguided(main, weak, 2.5, interval=(0.1, 1.0))
     assert torch.equal(limited(x, torch.tensor(2.0)), main(x, 2.0))
@@ -334,20 +347,21 @@ def test_a_sample_depends_on_its_seed_alone():
     seeds, labels = list(range(7)), torch.tensor([0, 1, 2, 0, 1, 2, 0])
     for sampler in (dict(), dict(S_churn=4.0)):
         def draw(batch):
-            return torch.cat(list(guide.generate(denoiser, seeds, labels, batch, steps=3, sigma_max=5.0, **sampler)))
+            return torch.cat(list(guide.generate(denoiser, seeds, labels, batch,
+                                                 steps=3, sigma_max=5.0, **sampler)))
         reference = draw(7)
         for batch in (1, 3, 16):
             assert torch.equal(draw(batch), reference), batch
-        backwards = torch.cat(list(guide.generate(denoiser, seeds[::-1], labels.flip(0), 2, steps=3, sigma_max=5.0,
-                                                  **sampler)))
+        backwards = torch.cat(list(guide.generate(denoiser, seeds[::-1], labels.flip(0), 2,
+                                                  steps=3, sigma_max=5.0, **sampler)))
         assert torch.equal(backwards.flip(0), reference)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # train.py and sample.py
 
-TINY = ["--steps", "24", "--batch", "64", "--guide-steps", "8", "--guide-batch", "64", "--eval-samples", "256",
-        "--sampling-steps", "4", "--log-every", "6"]
+TINY = ["--steps", "24", "--batch", "64", "--guide-steps", "8", "--guide-batch", "64",
+        "--eval-samples", "256", "--sampling-steps", "4", "--log-every", "6"]
 
 
 def _tree_config(*flags):
@@ -401,7 +415,8 @@ def test_the_selected_examples_keep_their_scored_sigma_and_noise(monkeypatch):
     curator = train.make_curator(config, state, None, torch.device("cpu"))
     rows = train.Draw(config, data.Tree("A"), 320, "cpu", state.ranks)[3]
     seen = {}
-    monkeypatch.setattr(train.select, "jest", lambda score, k, chunks, generator: seen.setdefault("i", score.topk(k).indices))
+    monkeypatch.setattr(train.select, "jest",
+                        lambda score, k, chunks, generator: seen.setdefault("i", score.topk(k).indices))
     chosen, weight = curator.choose(*rows, 3)
     assert weight is None and all(torch.equal(c, r[seen["i"]]) for c, r in zip(chosen[:3], rows[:3]))
     x0, noise, sigma = rows[:3]  # and the scores are the two models' losses on exactly these
@@ -426,7 +441,8 @@ def test_interpolated_score_is_that_of_the_autoguided_denoiser():
 
 
 def test_micro_batches_give_the_gradient_of_one_batch(tmp_path):
-    args = ["--data", _images(tmp_path / "d.npz"), "--channels", "8", "--batch", "8", "--device", "cpu", "--dropout", "0"]
+    args = ["--data", _images(tmp_path / "d.npz"), "--channels", "8", "--batch", "8",
+            "--device", "cpu", "--dropout", "0"]
     dataset, weights = data.load(args[1]), []
     for extra in ([], ["--micro-batch", "3"]):
         config = train.resolve(train.build_parser().parse_args([*args, *extra]), dataset)
@@ -439,7 +455,8 @@ def test_micro_batches_give_the_gradient_of_one_batch(tmp_path):
         state.learn(x0, noise, sigma, labels, torch.linspace(0.5, 1.5, 8))
         weights.append(torch.cat([(b - p.detach()).flatten() for b, p in zip(before, state.params)]))
     scale = config["lr"] / (config["warmup"] + 1)
-    assert torch.allclose(weights[0] / scale, weights[1] / scale, atol=1e-5, rtol=1e-4) and weights[0].norm() > 0
+    assert torch.allclose(weights[0] / scale, weights[1] / scale, atol=1e-5, rtol=1e-4)
+    assert weights[0].norm() > 0
 
 
 def test_a_step_with_a_non_finite_gradient_is_skipped_and_counted():
@@ -456,27 +473,31 @@ def test_a_step_with_a_non_finite_gradient_is_skipped_and_counted():
 
 
 @pytest.mark.parametrize("flags", [
-    ["--selector", "uniform"], ["--selector", "ajest", "--early-steps", "17"], ["--selector", "jest", "--debias"],
-    ["--selector", "ajest", "--until-better"]], ids=lambda f: f[-1])
+    ["--selector", "uniform"], ["--selector", "ajest", "--early-steps", "17"],
+    ["--selector", "jest", "--debias"], ["--selector", "ajest", "--until-better"]], ids=lambda f: f[-1])
 def test_resuming_is_bit_identical(tmp_path, flags):
     train.main([*TINY, *flags, "--out", str(tmp_path / "whole")])
     for steps in ("5", "13", "24"):
         train.main([*TINY, *flags, "--out", str(tmp_path / "parts"), "--steps", steps])
     _same_run(tmp_path / "whole", tmp_path / "parts")
-    losses = [[(r["step"], r["loss"]) for r in _records(tmp_path / name, "train")] for name in ("whole", "parts")]
+    losses = [[(r["step"], r["loss"]) for r in _records(tmp_path / name, "train")]
+              for name in ("whole", "parts")]
     assert losses[0] == losses[1] and len(losses[0]) == 4
 
 
 def test_a_run_logs_counts_and_times(tmp_path):
-    train.main([*TINY, "--selector", "ajest", "--early-steps", "6", "--eval-every", "12", "--out", str(tmp_path)])
+    train.main([*TINY, "--selector", "ajest", "--early-steps", "6", "--eval-every", "12",
+                "--out", str(tmp_path)])
     first, *_, last = _records(tmp_path, "train")
     assert first["examples_seen"] == 6 * 320 and first["examples_trained"] == 6 * 64
-    assert last["examples_seen"] == 6 * 320 + 18 * 64 and last["step"] == 24 and 0 < last["select_seconds"] < last["seconds"]
+    assert last["examples_seen"] == 6 * 320 + 18 * 64 and last["step"] == 24
+    assert 0 < last["select_seconds"] < last["seconds"]
     assert first["ln_sigma_selected"] != first["ln_sigma_drawn"] and "ln_sigma_selected" not in last
     records = _records(tmp_path, "eval")
     assert [(r["step"], r["guidance"]) for r in records] == [(12, 1), (12, 3), (24, 1), (24, 3)]
     assert all({"hit", "coverage", "l2", "reference_seconds"} <= set(r) for r in records)
-    assert {"config.json", "log.jsonl", "checkpoint.pt", "samples.png", "guide", "stages.json"} == set(os.listdir(tmp_path))
+    files = set(os.listdir(tmp_path))
+    assert files == {"config.json", "log.jsonl", "checkpoint.pt", "samples.png", "guide", "stages.json"}
 
 
 def test_early_selection_ends_in_a_uniform_step_without_a_reference():
@@ -504,12 +525,14 @@ def test_early_and_late_rules_compare_the_mean_losses(monkeypatch, rule, better,
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--data", "/no/such/place"], "/no/such/place"), (["--filter", "1"], "--filter"), (["--filter", "-0.1"], "--filter"),
-    (["--early-steps", "-1"], "--early-steps"), (["--selector", "ajest", "--guide", "none"], "--guide"),
-    (["--guide", "/no/guide.pt"], "/no/guide.pt"), (["--keep", "0.5"], "--keep"), (["--save-every", "soon"], "--save-every"),
-    (["--ema", "0.4"], "--ema"), (["--batch", "0"], "--batch"), (["--steps", "0"], "--steps"), (["--lr", "0"], "--lr"),
-    (["--selector", "best"], "--selector"), (["--device", "abacus"], "--device"), (["--no-such-flag"], "--no-such-flag"),
-    (["--until-better", "--once-better"], "--once-better"), (["--micro-batch", "-1"], "--micro-batch")])
+    (["--data", "/no/such/place"], "/no/such/place"), (["--filter", "1"], "--filter"),
+    (["--filter", "-0.1"], "--filter"), (["--early-steps", "-1"], "--early-steps"),
+    (["--selector", "ajest", "--guide", "none"], "--guide"), (["--guide", "/no/guide.pt"], "/no/guide.pt"),
+    (["--keep", "0.5"], "--keep"), (["--save-every", "soon"], "--save-every"), (["--ema", "0.4"], "--ema"),
+    (["--batch", "0"], "--batch"), (["--steps", "0"], "--steps"), (["--lr", "0"], "--lr"),
+    (["--selector", "best"], "--selector"), (["--device", "abacus"], "--device"),
+    (["--no-such-flag"], "--no-such-flag"), (["--until-better", "--once-better"], "--once-better"),
+    (["--micro-batch", "-1"], "--micro-batch")])
 def test_bad_flags_end_in_one_line(tmp_path, capsys, flags, words):
     with pytest.raises(SystemExit) as stop:
         train.main([*TINY, "--out", str(tmp_path / "run"), *flags])
@@ -520,8 +543,8 @@ def test_bad_flags_end_in_one_line(tmp_path, capsys, flags, words):
 
 def test_bad_files_end_in_one_line(tmp_path, capsys):
     images, other = _images(tmp_path / "d.npz"), _images(tmp_path / "e.npz", size=8)
-    small = ["--channels", "8", "--batch", "4", "--guide-channels", "8", "--guide-batch", "4", "--guide-steps", "1", "--steps",
-             "1", "--eval-samples", "0", "--device", "cpu"]
+    small = ["--channels", "8", "--batch", "4", "--guide-channels", "8", "--guide-batch", "4",
+             "--guide-steps", "1", "--steps", "1", "--eval-samples", "0", "--device", "cpu"]
     train.main(["--data", other, "--out", str(tmp_path / "other"), "--guide", "none", *small])
     (tmp_path / "text.pt").write_text("not a checkpoint")
     (tmp_path / "weights.json").write_text(json.dumps({"classes": {"cat": 1.0}}))
@@ -529,39 +552,46 @@ def test_bad_files_end_in_one_line(tmp_path, capsys):
     (tmp_path / "nan.npz").write_bytes(b"")
     np.savez(tmp_path / "nan.npz", latents=np.full((8, 4, 8, 8), np.nan, np.float16))
     for flags, words in [
-            (["--guide", str(tmp_path / "text.pt")], "text.pt"), (["--guide", str(tmp_path / "other")], "--guide"),
+            (["--guide", str(tmp_path / "text.pt")], "text.pt"),
+            (["--guide", str(tmp_path / "other")], "--guide"),
             (["--selector", "jest", "--reference", str(tmp_path / "other")], "--reference"),
-            (["--dro", str(tmp_path / "other")], "--dro"), (["--class-weights", str(tmp_path / "weights.json")], "weights.json"),
+            (["--dro", str(tmp_path / "other")], "--dro"),
+            (["--class-weights", str(tmp_path / "weights.json")], "weights.json"),
             (["--class-weights", str(tmp_path / "list.json")], "list.json"), (["--keep", "0"], "--keep"),
             (["--keep", "1.5"], "--keep"), (["--keep", str(tmp_path / "none.npy")], "none.npy"),
-            (["--size", "12"], "--size"), (["--data", str(tmp_path / "nan.npz")], "nan.npz"), (["--holdout", "60"], "--holdout"),
-            (["--guide", "self"], "--label-dropout"), (["--features", str(tmp_path / "f.npy"), "--keep", "0.5"], "f.npy")]:
+            (["--size", "12"], "--size"), (["--data", str(tmp_path / "nan.npz")], "nan.npz"),
+            (["--holdout", "60"], "--holdout"), (["--guide", "self"], "--label-dropout"),
+            (["--features", str(tmp_path / "f.npy"), "--keep", "0.5"], "f.npy")]:
         with pytest.raises(SystemExit) as stop:
             train.main(["--data", images, "--out", str(tmp_path / "run"), *small, "--guide", "none", *flags])
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert stop.value.code == 2 and words in error, (flags, error)
         assert not (tmp_path / "run" / "checkpoint.pt").exists()
     with pytest.raises(SystemExit) as stop:  # the run folder holds another run
-        train.main(["--data", other, "--out", str(tmp_path / "other"), "--guide", "none", *small, "--batch", "5"])
+        train.main(["--data", other, "--out", str(tmp_path / "other"), "--guide", "none", *small,
+                    "--batch", "5"])
     assert stop.value.code == 2 and "--batch" in capsys.readouterr().err
 
 
 def test_the_whole_pipeline_on_images(tmp_path, capsys):
     images, run = _images(tmp_path / "d.npz"), str(tmp_path / "run")
-    small = ["--channels", "8", "--batch", "8", "--guide-channels", "8", "--guide-batch", "8", "--guide-steps", "2",
-             "--steps", "4", "--eval-samples", "6", "--sampling-steps", "2", "--log-every", "2", "--device", "cpu"]
-    train.main(["--data", images, "--out", run, "--selector", "ajest", "--keep", "0.5", "--dro", "auto", "--metrics", "pixels",
-                "--holdout", "6", *small])
+    small = ["--channels", "8", "--batch", "8", "--guide-channels", "8", "--guide-batch", "8",
+             "--guide-steps", "2", "--steps", "4", "--eval-samples", "6", "--sampling-steps", "2",
+             "--log-every", "2", "--device", "cpu"]
+    train.main(["--data", images, "--out", run, "--selector", "ajest", "--keep", "0.5", "--dro", "auto",
+                "--metrics", "pixels", "--holdout", "6", *small])
     assert len(data.load_keep(Path(run) / "keep.npy", 60)) == 30
-    weights = json.loads((Path(run) / "proxy" / "class_weights.json").read_text())
-    assert set(weights["classes"]) == {"0", "1", "2"} and abs(np.mean(list(weights["classes"].values())) - 1) < 0.1
+    weights = json.loads((Path(run) / "proxy" / "class_weights.json").read_text())["classes"]
+    assert set(weights) == {"0", "1", "2"} and abs(np.mean(list(weights.values())) - 1) < 0.1
     unguided, guided = _records(run, "eval")
-    assert fid.compare([run], str(tmp_path / "compare.png")).splitlines()[-1].startswith("Noise floor, half of the data")
-    assert {"FD(pixels)", "precision", "recall", "validation_loss"} <= set(unguided) and guided["guidance"] == 1.6
+    table = fid.compare([run], str(tmp_path / "compare.png"))
+    assert table.splitlines()[-1].startswith("Noise floor, half of the data")
+    assert {"FD(pixels)", "precision", "recall", "validation_loss"} <= set(unguided)
+    assert guided["guidance"] == 1.6
     assert unguided["reference_seconds"] > 0
     capsys.readouterr()
-    train.main(["--data", images, "--out", run, "--selector", "ajest", "--keep", "0.5", "--dro", "auto", "--metrics", "pixels",
-                "--holdout", "6", *small])  # everything is there: nothing is trained again
+    train.main(["--data", images, "--out", run, "--selector", "ajest", "--keep", "0.5", "--dro", "auto",
+                "--metrics", "pixels", "--holdout", "6", *small])  # all is there: nothing is trained again
     assert "step 4/4" not in capsys.readouterr().err
     for out in ("grid.png", "samples.npz", "folder"):
         sample.main([run, "--n", "5", "--steps", "2", "--out", str(tmp_path / out), "--device", "cpu"])
@@ -569,7 +599,8 @@ def test_the_whole_pipeline_on_images(tmp_path, capsys):
         assert file["images"].shape == (5, 3, 16, 16) and file["images"].dtype == np.uint8
         first = file["images"][0]
     assert len(os.listdir(tmp_path / "folder")) == 5
-    sample.main([run, "--n", "1", "--steps", "2", "--out", str(tmp_path / "one.npz"), "--class", "0", "--device", "cpu"])
+    sample.main([run, "--n", "1", "--steps", "2", "--out", str(tmp_path / "one.npz"), "--class", "0",
+                 "--device", "cpu"])
     with np.load(tmp_path / "one.npz") as file:
         assert np.array_equal(file["images"][0], first)  # seed 0, class 0, whatever the number of samples
     with pytest.raises(SystemExit):
@@ -583,11 +614,13 @@ def test_latents_train_prune_reweight_guide_and_sample(tmp_path):
     latents = torch.randn(40, 4, 8, 8, generator=generator) * 3 + labels[:, None, None, None] * 4 + 1
     np.savez(tmp_path / "z.npz", latents=latents.half().numpy(), labels=labels.numpy())
     run = str(tmp_path / "run")
-    train.main(["--data", str(tmp_path / "z.npz"), "--out", run, "--selector", "ajest", "--keep", "0.5", "--dro", "auto",
-                "--channels", "8", "--batch", "8", "--guide-channels", "8", "--guide-batch", "8", "--guide-steps", "2", "--steps",
-                "3", "--eval-samples", "6", "--sampling-steps", "2", "--device", "cpu"])
+    train.main(["--data", str(tmp_path / "z.npz"), "--out", run, "--selector", "ajest", "--keep", "0.5",
+                "--dro", "auto", "--channels", "8", "--batch", "8", "--guide-channels", "8",
+                "--guide-batch", "8", "--guide-steps", "2", "--steps", "3", "--eval-samples", "6",
+                "--sampling-steps", "2", "--device", "cpu"])
     config = json.loads((Path(run) / "config.json").read_text())
-    assert np.allclose(config["latent_mean"], latents.half().float().mean((0, 2, 3)), atol=1e-2) and not config["flip"]
+    assert np.allclose(config["latent_mean"], latents.half().float().mean((0, 2, 3)), atol=1e-2)
+    assert not config["flip"]
     sample.main([run, "--n", "4", "--steps", "24", "--out", str(tmp_path / "s.npz"), "--device", "cpu"])
     with np.load(tmp_path / "s.npz") as file:  # back in the scale of the data: mean 3, standard deviation 3.6
         assert file["latents"].shape == (4, 4, 8, 8)
@@ -597,15 +630,16 @@ def test_latents_train_prune_reweight_guide_and_sample(tmp_path):
 
 def test_training_beats_the_trivial_denoiser_on_held_out_images(tmp_path):
     images, run = _images(tmp_path / "d.npz", n=300), tmp_path / "run"
-    flags = ["--data", images, "--out", str(run), "--guide", "none", "--channels", "8", "--batch", "16", "--steps", "120",
-             "--eval-every", "40", "--eval-samples", "4", "--sampling-steps", "2", "--holdout", "64", "--metrics", "none",
-             "--warmup", "10", "--device", "cpu"]
+    flags = ["--data", images, "--out", str(run), "--guide", "none", "--channels", "8", "--batch", "16",
+             "--steps", "120", "--eval-every", "40", "--eval-samples", "4", "--sampling-steps", "2",
+             "--holdout", "64", "--metrics", "none", "--warmup", "10", "--device", "cpu"]
     train.main(flags)
     losses = [r["validation_loss"] for r in _records(run, "eval")]
     dataset, config = data.load(images), json.loads((run / "config.json").read_text())
     held_out = train.hold_out(config, dataset, None)[1]
-    trivial = train.validation_loss(lambda x, sigma, labels: model.preconditioning(sigma[:, None, None, None])[0] * x,
-                                    dataset, held_out, config, "cpu")
+    def trivial_denoiser(x, sigma, labels):
+        return model.preconditioning(sigma[:, None, None, None])[0] * x
+    trivial = train.validation_loss(trivial_denoiser, dataset, held_out, config, "cpu")
     assert len(losses) == 3 and losses[-1] < losses[0] < trivial, (losses, trivial)
 
 
@@ -614,7 +648,8 @@ def test_training_beats_the_trivial_denoiser_on_held_out_images(tmp_path):
 
 def test_dro_raises_the_weight_of_an_under_fitted_class_only():
     config = {**_tree_config("--eta", "0.05"), "classes": 4}
-    for excess_of, expected in ((torch.tensor([0.5, 0.0, 0.0, 0.0]), "grows"), (torch.full((4,), 0.2), "equal")):
+    for excess_of, expected in ((torch.tensor([0.5, 0.0, 0.0, 0.0]), "grows"),
+                                (torch.full((4,), 0.2), "equal")):
         generator = torch.Generator().manual_seed(0)
         dro = train.Dro.__new__(train.Dro)
         dro.config, dro.counts = config, torch.full((4,), 100.0)
@@ -637,7 +672,8 @@ def test_inverse_frequency_weights():
     dataset = data.Dataset(torch.zeros(100, 3, 8, 8, dtype=torch.uint8), labels, ["a", "b", "c"])
     config = dict(dro=None, class_weights="inverse", class_names=["a", "b", "c"])
     weights, seconds = train.prepare_weights(config, dataset, None, None, None)
-    assert torch.allclose(weights * torch.tensor([10.0, 30.0, 60.0]), torch.full((3,), 100 / 3)) and seconds == 0
+    assert torch.allclose(weights * torch.tensor([10.0, 30.0, 60.0]), torch.full((3,), 100 / 3))
+    assert seconds == 0
     assert torch.isclose(weights[labels].mean(), torch.ones(()))
     half, _ = train.prepare_weights(config, dataset, None, torch.arange(5, 100), None)  # five of class a
     assert torch.isclose(half[0] / half[2], torch.tensor(12.0))
@@ -646,9 +682,11 @@ def test_inverse_frequency_weights():
 def test_loss_and_sampling_weights_have_the_same_expected_gradient(tmp_path):
     images = np.zeros((60, 3, 8, 8), np.uint8)
     labels = np.repeat([0, 1, 2], [10, 20, 30])
-    np.savez(tmp_path / "d.npz", images=images + labels[:, None, None, None].astype(np.uint8) * 40, labels=labels)
+    images = images + labels[:, None, None, None].astype(np.uint8) * 40
+    np.savez(tmp_path / "d.npz", images=images, labels=labels)
     dataset, class_weights = data.load(str(tmp_path / "d.npz")), torch.tensor([2.0, 1.0, 0.5])
-    w = class_weights * 60 / (class_weights * torch.tensor([10.0, 20.0, 30.0])).sum()  # mean 1 over the examples
+    # mean 1 over the examples
+    w = class_weights * 60 / (class_weights * torch.tensor([10.0, 20.0, 30.0])).sum()
     gradients = []
     for how in ("loss", "sampling"):
         config = dict(_tree_config(), reweight=how, flip=False, label_dropout=0)
@@ -1857,9 +1895,9 @@ def test_compare_refuses_what_cannot_be_compared(tmp_path, capsys):
 
 TIMES = {"seconds", "select_seconds", "eval_seconds", "reference_seconds", "examples_per_second"}
 ROBUST_TREE = [*TINY, "--device", "cpu"]
-ROBUST_IMAGES = ["--size", "8", "--channels", "8", "--batch", "4", "--guide-channels", "8", "--guide-batch", "4",
-                 "--guide-steps", "2", "--steps", "2", "--eval-samples", "4", "--sampling-steps", "2", "--log-every", "1",
-                 "--metrics", "pixels", "--device", "cpu"]
+ROBUST_IMAGES = ["--size", "8", "--channels", "8", "--batch", "4", "--guide-channels", "8",
+                 "--guide-batch", "4", "--guide-steps", "2", "--steps", "2", "--eval-samples", "4",
+                 "--sampling-steps", "2", "--log-every", "1", "--metrics", "pixels", "--device", "cpu"]
 
 
 def _robust_log(run):
@@ -1886,12 +1924,13 @@ def _robust_same(a, b):
 
 
 def _robust_killed(flags, out, kills, seconds, seed=0):
-    """Run `flags` into `out` with SIGKILL at random moments of training, then to the end; -> the kills that hit."""
+    """Run `flags` into `out`, SIGKILL at random moments, then to the end; -> the kills that hit."""
     random_time, hit, config = random.Random(seed), 0, Path(out) / "config.json"
     while True:
         before = config.stat().st_mtime_ns if config.exists() else 0
         process = _robust_start([*flags, "--out", str(out)])
-        while hit < kills and process.poll() is None and (not config.exists() or config.stat().st_mtime_ns == before):
+        while hit < kills and process.poll() is None and (
+                not config.exists() or config.stat().st_mtime_ns == before):
             time.sleep(0.01)
         if hit < kills:
             time.sleep(random_time.uniform(0, seconds))
@@ -1915,8 +1954,9 @@ def test_killed_at_random_moments_ends_in_the_same_bits(tmp_path, arm, kills):
     flags += ["--steps", "2000", "--eval-every", "500"] if SLOW else ["--steps", "300", "--eval-samples", "0"]
     seconds = 0.6 if SLOW else 0.2
     if arm == "dro":
-        flags = ["--data", _images(tmp_path / "d.npz", size=8), *ROBUST_IMAGES, *ROBUST_ARMS[arm], "--steps", "150",
-                 "--guide-steps", "60", "--dro-steps", "100", "--save-every", "3", "--log-every", "7", "--eval-every", "50"]
+        flags = ["--data", _images(tmp_path / "d.npz", size=8), *ROBUST_IMAGES, *ROBUST_ARMS[arm],
+                 "--steps", "150", "--guide-steps", "60", "--dro-steps", "100", "--save-every", "3",
+                 "--log-every", "7", "--eval-every", "50"]
         seconds = 2.5
     if arm == "dro":
         assert _robust_killed([*flags, "--save-every", "1000s"], tmp_path / "whole", 0, 0) == 0
@@ -1950,7 +1990,8 @@ def test_killed_inside_a_save_keeps_the_checkpoint_of_before(tmp_path, monkeypat
     assert step == 10
     train.main([*flags, "--out", str(tmp_path / "parts")])
     _same_run(tmp_path / "whole", tmp_path / "parts")
-    losses = [[(r["step"], r["loss"]) for r in _records(tmp_path / run, "train")] for run in ("whole", "parts")]
+    losses = [[(r["step"], r["loss"]) for r in _records(tmp_path / run, "train")]
+              for run in ("whole", "parts")]
     assert losses[0] == losses[1]
     assert not list((tmp_path / "parts").glob("*.tmp"))
 
@@ -2005,7 +2046,8 @@ def _robust_one_line(capsys, main, argv, *words):
         code = stop.code
     err = capsys.readouterr().err
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert code == 2 and len(lines) == 1 and err.splitlines()[-1] == lines[0] and "Traceback" not in err, (code, err)
+    assert code == 2 and len(lines) == 1, (code, err)
+    assert err.splitlines()[-1] == lines[0] and "Traceback" not in err, (code, err)
     assert all(str(word) in lines[0] for word in words), (words, lines[0])
     return lines[0]
 
@@ -2013,7 +2055,8 @@ def _robust_one_line(capsys, main, argv, *words):
 @pytest.mark.skipif(os.name == "nt", reason="needs a limit on the size of files")
 def test_a_full_disk_ends_in_one_line_and_the_last_checkpoint_stays(tmp_path, capsys):
     import resource
-    flags, run = [*ROBUST_TREE, "--guide", "none", "--save-every", "5", "--eval-samples", "0"], tmp_path / "run"
+    flags = [*ROBUST_TREE, "--guide", "none", "--save-every", "5", "--eval-samples", "0"]
+    run = tmp_path / "run"
     train.main([*flags, "--out", str(tmp_path / "whole")])
     train.main([*flags, "--out", str(run), "--steps", "8"])
     good, soft = (run / "checkpoint.pt").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -2029,8 +2072,8 @@ def test_a_full_disk_ends_in_one_line_and_the_last_checkpoint_stays(tmp_path, ca
 
 
 def test_a_full_disk_at_any_file_ends_in_one_line(tmp_path, monkeypatch, capsys):
-    flags = ["--data", _images(tmp_path / "d.npz", size=8), *ROBUST_IMAGES, "--keep", "0.5", "--selector", "ajest",
-             *(["--dro", "auto"] if SLOW else []), "--out", tmp_path / "run"]
+    flags = ["--data", _images(tmp_path / "d.npz", size=8), *ROBUST_IMAGES, "--keep", "0.5",
+             "--selector", "ajest", *(["--dro", "auto"] if SLOW else []), "--out", tmp_path / "run"]
     replace, targets = os.replace, ["config.json", "keep.npy", "stages.json", "log.jsonl", "samples.png"]
     if SLOW:  # in the order in which a run writes them
         targets[2:2] = ["guide/checkpoint.pt", "proxy/class_weights.json", "proxy/class_weights.png"]
@@ -2075,7 +2118,8 @@ def _robust_all(change, *kinds):
     """A checkpoint of which every tensor under `kinds` is changed."""
     def leaf(value):
         return change(value) if torch.is_tensor(value) else value
-    return lambda path, c: model.save(path, c | {kind: torch.utils._pytree.tree_map(leaf, c[kind]) for kind in kinds})
+    return lambda path, c: model.save(
+        path, c | {kind: torch.utils._pytree.tree_map(leaf, c[kind]) for kind in kinds})
 
 
 def _robust_config(**changes):
@@ -2091,8 +2135,10 @@ ROBUST_CHECKPOINTS = {  # name: write(path, a good checkpoint's dictionary)
     "one bit flipped": _robust_flipped,
     "inflating": _robust_deflated,
     "pickle that executes": lambda path, c: path.write_bytes(pickle.dumps(DataPayload(path.parent / "ran"))),
-    "payload in a checkpoint": lambda path, c: torch.save({**c, "format": 1, "x": DataPayload(path.parent / "ran")}, path),
-    "old torch format": lambda path, c: torch.save({**c, "format": 1}, path, _use_new_zipfile_serialization=False),
+    "payload in a checkpoint": lambda path, c: torch.save(
+        {**c, "format": 1, "x": DataPayload(path.parent / "ran")}, path),
+    "old torch format": lambda path, c: torch.save(
+        {**c, "format": 1}, path, _use_new_zipfile_serialization=False),
     "list": lambda path, c: torch.save([1, 2], path),
     "no format": lambda path, c: torch.save(dict(c), path),
     "later format": lambda path, c: torch.save({**c, "format": 99}, path),
@@ -2136,7 +2182,8 @@ def _robust_checkpoint():
     *[("guide", name) for name in [*ROBUST_CHECKPOINTS, *ROBUST_DENOISERS]],
     *[("sample", name) for name in [*ROBUST_CHECKPOINTS, *ROBUST_DENOISERS]],
     *[("resume", name) for name in [*ROBUST_CHECKPOINTS, *ROBUST_RUNS] if name != "missing"],
-    *[(use, name) for use in ("reference", "sample's guide") for name in ("truncated", "payload in a checkpoint")]])
+    *[(use, name) for use in ("reference", "sample's guide")
+      for name in ("truncated", "payload in a checkpoint")]])
 def test_bad_checkpoints_are_refused_in_one_line(tmp_path, capsys, use, name):
     run = [*ROBUST_TREE, "--out", str(tmp_path / "run"), "--eval-samples", "0", "--steps", "4"]
     path = tmp_path / "bad" / "checkpoint.pt"
@@ -2155,7 +2202,8 @@ def test_bad_checkpoints_are_refused_in_one_line(tmp_path, capsys, use, name):
     program, argv = {
         "guide": (train, [*run, "--guide", path]), "resume": (train, [*run, "--guide", "none"]),
         "reference": (train, [*run, "--guide", "none", "--selector", "jest", "--reference", path]),
-        "sample": (sample, [path, *out]), "sample's guide": (sample, [good, *out, "--guide", path, "--guidance", "2"])}[use]
+        "sample": (sample, [path, *out]),
+        "sample's guide": (sample, [good, *out, "--guide", path, "--guidance", "2"])}[use]
     _robust_one_line(capsys, program.main, argv, path)
     assert not (path.parent / "ran").exists()
     changed = {p.name for p in tmp_path.rglob("*") if before.get(p) != (p.is_file() and p.read_bytes())}
@@ -2198,53 +2246,71 @@ def _robust_payload(path):
     path.write_bytes(pickle.dumps(DataPayload(path.parent / "ran")))
 
 
-ROBUST_COMMON = {"missing": lambda path: None, "directory": lambda path: path.mkdir(), "payload": _robust_payload,
-                 "empty": lambda path: path.write_bytes(b""), "not text": lambda path: path.write_bytes(b"\xff\xfe\x00{")}
+ROBUST_COMMON = {"missing": lambda path: None, "directory": lambda path: path.mkdir(),
+                 "payload": _robust_payload, "empty": lambda path: path.write_bytes(b""),
+                 "not text": lambda path: path.write_bytes(b"\xff\xfe\x00{")}
 ROBUST_GIANT = dict(descr="<i8", fortran_order=False, shape=(10 ** 13,))
 ROBUST_FILES = {  # file: {name: write(path)}
     "weights.json": {
         "truncated": lambda path: path.write_text('{"classes": {"0": 1.0, '),
         "list": lambda path: path.write_text("[1]"), "classes a word": _robust_classes("012"),
-        "deep": lambda path: path.write_text("[" * 100_000), "later format": _robust_classes({"0": 1, "1": 1, "2": 1}, format=2),
-        "other classes": _robust_classes({"cat": 1.0}), "negative": _robust_classes({"0": -1, "1": 1, "2": 1}),
-        "NaN": _robust_classes({"0": math.nan, "1": 1, "2": 1}), "beyond float32": _robust_classes({"0": 1e300, "1": 1, "2": 1}),
-        "beyond float64": _robust_classes({"0": 10 ** 400, "1": 1, "2": 1}), "all zero": _robust_classes(dict.fromkeys("012", 0)),
+        "deep": lambda path: path.write_text("[" * 100_000),
+        "later format": _robust_classes({"0": 1, "1": 1, "2": 1}, format=2),
+        "other classes": _robust_classes({"cat": 1.0}),
+        "negative": _robust_classes({"0": -1, "1": 1, "2": 1}),
+        "NaN": _robust_classes({"0": math.nan, "1": 1, "2": 1}),
+        "beyond float32": _robust_classes({"0": 1e300, "1": 1, "2": 1}),
+        "beyond float64": _robust_classes({"0": 10 ** 400, "1": 1, "2": 1}),
+        "all zero": _robust_classes(dict.fromkeys("012", 0)),
         "list of a list": _robust_classes({"0": [1], "1": 1, "2": 1})},
     "keep.npy": {
         "objects": lambda path: _robust_save(np.array([DataPayload(path.parent / "ran")], object))(path),
-        "floats": _robust_save(np.zeros(3)), "beyond the data": _robust_save(np.array([999])), "negative": _robust_save(np.array([-1])),
+        "floats": _robust_save(np.zeros(3)), "beyond the data": _robust_save(np.array([999])),
+        "negative": _robust_save(np.array([-1])),
         "truncated": lambda path: _robust_npy(path, dict(ROBUST_GIANT, shape=(30,)), bytes(100)),
         "terabytes": lambda path: _robust_npy(path, ROBUST_GIANT, bytes(80))},
     "features.npy": {
         "NaN": _robust_save(np.full((30, 4), np.nan)), "other rows": _robust_save(np.zeros((29, 4))),
         "text": _robust_save(np.full((30, 4), "abc")), "records": _robust_save(np.zeros((30, 4), "f4,i4")),
-        "objects": lambda path: _robust_save(np.array([[DataPayload(path.parent / "ran")]] * 30, object))(path),
+        "objects": lambda path: _robust_save(
+            np.array([[DataPayload(path.parent / "ran")]] * 30, object))(path),
         "terabytes": lambda path: _robust_npy(path, dict(ROBUST_GIANT, shape=(30, 10 ** 12)), bytes(80))},
     "own.pt": {
-        "denoiser": lambda path: model.save(path, dict(kind="run", model={})), "list": lambda path: torch.save([1], path),
-        "later format": _robust_net(lambda c: c | dict(format=2)), "width": _robust_net(lambda c: c | dict(width=10 ** 9)),
-        "NaN": _robust_net(lambda c: [w.mul_(math.nan) for w in c["model"].values() if w.is_floating_point()] and None),
-        "payload inside": lambda path: torch.save({"format": 1, "x": DataPayload(path.parent / "ran")}, path)},
+        "denoiser": lambda path: model.save(path, dict(kind="run", model={})),
+        "list": lambda path: torch.save([1], path), "later format": _robust_net(lambda c: c | dict(format=2)),
+        "width": _robust_net(lambda c: c | dict(width=10 ** 9)),
+        "NaN": _robust_net(
+            lambda c: [w.mul_(math.nan) for w in c["model"].values() if w.is_floating_point()] and None),
+        "payload inside": lambda path: torch.save(
+            {"format": 1, "x": DataPayload(path.parent / "ran")}, path)},
     "inception.pth": {
-        "list": lambda path: torch.save([1], path), "other weights": lambda path: torch.save({"a": torch.zeros(1)}, path),
+        "list": lambda path: torch.save([1], path),
+        "other weights": lambda path: torch.save({"a": torch.zeros(1)}, path),
         "payload inside": lambda path: torch.save({"x": DataPayload(path.parent / "ran")}, path)},
     "stats.npz": {
-        "truncated": lambda path: path.write_bytes(_robust_bytes(lambda f: np.savez(f, mu=np.zeros(3), sigma=np.eye(3)))[:-40]),
-        "objects": lambda path: _robust_savez(mu=np.array([DataPayload(path.parent / "ran")], object), sigma=np.eye(3))(path),
-        "NaN": _robust_savez(mu=np.full(3, np.nan), sigma=np.eye(3)), "shapes": _robust_savez(mu=np.zeros(3), sigma=np.eye(4)),
-        "text": _robust_savez(mu=np.array(["a"]), sigma=np.array([["b"]])), "no dimensions": _robust_savez(mu=np.zeros(0), sigma=np.zeros((0, 0))),
+        "truncated": lambda path: path.write_bytes(
+            _robust_bytes(lambda f: np.savez(f, mu=np.zeros(3), sigma=np.eye(3)))[:-40]),
+        "objects": lambda path: _robust_savez(
+            mu=np.array([DataPayload(path.parent / "ran")], object), sigma=np.eye(3))(path),
+        "NaN": _robust_savez(mu=np.full(3, np.nan), sigma=np.eye(3)),
+        "shapes": _robust_savez(mu=np.zeros(3), sigma=np.eye(4)),
+        "text": _robust_savez(mu=np.array(["a"]), sigma=np.array([["b"]])),
+        "no dimensions": _robust_savez(mu=np.zeros(0), sigma=np.zeros((0, 0))),
         "terabytes": lambda path: data_raw_npz(path.parent, "mu", ROBUST_GIANT).rename(path)},
-    "config.json": {"truncated": lambda path: path.write_text('{"seed": 0, '), "list": lambda path: path.write_text("[1, 2]")},
+    "config.json": {"truncated": lambda path: path.write_text('{"seed": 0, '),
+                    "list": lambda path: path.write_text("[1, 2]")},
     "log.jsonl": {},
 }
 ROBUST_CASES = [(file, name) for file, cases in ROBUST_FILES.items() for name in [*ROBUST_COMMON, *cases]
-                if (file, name) not in {("config.json", "missing"), *[("log.jsonl", n) for n in ROBUST_COMMON if n != "directory"]}]
+                if (file, name) not in {("config.json", "missing"),
+                                        *[("log.jsonl", n) for n in ROBUST_COMMON if n != "directory"]}]
 
 
 @pytest.mark.parametrize("file, name", ROBUST_CASES)
 def test_bad_files_are_refused_in_one_line(tmp_path, capsys, file, name):
     images, run, path = _images(tmp_path / "d.npz", n=30, size=8), tmp_path / "run", tmp_path / file
-    flags = ["--data", images, *ROBUST_IMAGES, "--steps", "1", "--guide", "none", "--eval-samples", "0", "--out", run]
+    flags = ["--data", images, *ROBUST_IMAGES, "--steps", "1", "--guide", "none", "--eval-samples", "0",
+             "--out", run]
     if file in ("config.json", "log.jsonl"):
         flags = [*ROBUST_TREE, "--steps", "1", "--guide", "none", "--eval-samples", "0", "--out", run]
         train.main([str(f) for f in flags])
@@ -2252,22 +2318,26 @@ def test_bad_files_are_refused_in_one_line(tmp_path, capsys, file, name):
         path.unlink()
     {**ROBUST_COMMON, **ROBUST_FILES[file]}[name](path)
     program, argv = {
-        "weights.json": (train, [*flags, "--class-weights", path]), "keep.npy": (train, [*flags, "--keep", path]),
+        "weights.json": (train, [*flags, "--class-weights", path]),
+        "keep.npy": (train, [*flags, "--keep", path]),
         "features.npy": (train, [*flags, "--keep", "0.5", "--features", path]),
         "own.pt": (train, [*flags, "--keep", "0.5", "--features", f"own:{path}"]),
         "inception.pth": (fid, [images, images, "--inception-weights", path, "--device", "cpu"]),
         "stats.npz": (fid, [path, path]), "config.json": (train, flags), "log.jsonl": (train, flags)}[file]
     _robust_one_line(capsys, program.main, argv, file)
-    assert not (tmp_path / "ran").exists() and not list(tmp_path.rglob("*.tmp")) + list(tmp_path.rglob("*.unfinished"))
+    assert not (tmp_path / "ran").exists()
+    assert not list(tmp_path.rglob("*.tmp")) + list(tmp_path.rglob("*.unfinished"))
     assert (run / "checkpoint.pt").exists() == (file in ("config.json", "log.jsonl"))
 
 
 def test_damaged_lines_of_a_log_are_dropped(tmp_path):
-    flags = [*ROBUST_TREE, "--guide", "none", "--eval-samples", "0", "--out", str(tmp_path / "run"), "--steps"]
+    flags = [*ROBUST_TREE, "--guide", "none", "--eval-samples", "0", "--out", str(tmp_path / "run"),
+             "--steps"]
     train.main([*flags, "12"])
     log = tmp_path / "run" / "log.jsonl"
     good = log.read_bytes()
-    log.write_bytes(b'[1]\n{"step": "x"}\n\xff\xfe\n' + b"[" * 50_000 + b'\n{"step": 3}\n' + good + b'{"step": NaN, "kind": 1}')
+    log.write_bytes(b'[1]\n{"step": "x"}\n\xff\xfe\n' + b"[" * 50_000 + b'\n{"step": 3}\n' + good
+                    + b'{"step": NaN, "kind": 1}')
     train.main([*flags, "13"])
     assert log.read_bytes() == good
 
@@ -2276,15 +2346,18 @@ def test_damaged_lines_of_a_log_are_dropped(tmp_path):
 # Long runs, and several processes.
 
 @pytest.mark.skipif(not SLOW or not Path("/proc/self/statm").exists(), reason="SLOW_TESTS=1, Linux")
-@pytest.mark.parametrize("flags", [[], ["--selector", "ajest", "--batch", "16", "--filter", "0.5"]], ids=["uniform", "ajest"])
+@pytest.mark.parametrize("flags", [[], ["--selector", "ajest", "--batch", "16", "--filter", "0.5"]],
+                         ids=["uniform", "ajest"])
 def test_memory_is_flat_and_the_log_linear(tmp_path, monkeypatch, flags):
     resident, log = [], train.log
 
     def measured(state, *rest):
         log(state, *rest)
-        resident.append((int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"), time.monotonic()))
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        resident.append((pages * os.sysconf("SC_PAGE_SIZE"), time.monotonic()))
     monkeypatch.setattr(train, "log", measured)
-    train.main([*ROBUST_TREE, *flags, "--steps", "20000", "--log-every", "100", "--eval-samples", "0", "--out", str(tmp_path)])
+    train.main([*ROBUST_TREE, *flags, "--steps", "20000", "--log-every", "100", "--eval-samples", "0",
+                "--out", str(tmp_path)])
     resident = resident[-200:]  # not the guide's
     memory, seconds = np.array(resident).T
     assert len(resident) == 200 and memory[-20:].mean() - memory[20:40].mean() < 4 * 2 ** 20, memory
@@ -2304,14 +2377,16 @@ def test_the_time_budget_is_kept_by_a_monotonic_clock(tmp_path, monkeypatch):
     now = iter(range(10 ** 6))
     monkeypatch.setattr(time, "monotonic", lambda: float(next(now)))
     monkeypatch.setattr(time, "time", lambda: 1e9 * (-1) ** next(now))  # a clock that is set back and forth
-    train.main([*ROBUST_TREE, "--guide", "none", "--steps", "10000", "--minutes", "1", "--eval-samples", "0", "--out", str(tmp_path)])
+    train.main([*ROBUST_TREE, "--guide", "none", "--steps", "10000", "--minutes", "1",
+                "--eval-samples", "0", "--out", str(tmp_path)])
     assert 10 < model.read(tmp_path / "checkpoint.pt")["progress"]["step"] < 60
 
 
 def _robust_processes(n, flags):
     """torchrun with n processes; -> (exit code, stderr)."""
-    process = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n),
-                                "train.py", *map(str, flags)], cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n),
+               "train.py", *map(str, flags)]
+    process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
                                env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True)
     try:
         err = process.communicate(timeout=120)[1]
@@ -2334,7 +2409,8 @@ def test_two_processes_give_the_weights_of_one(tmp_path):
 
 def _robust_close(one, two, steps):
     a, b = (model.read(run / "checkpoint.pt") for run in (one, two))
-    assert b["progress"]["step"] == steps and [r["step"] for r in _records(two, "train")] == [*range(6, steps + 1, 6)]
+    assert b["progress"]["step"] == steps
+    assert [r["step"] for r in _records(two, "train")] == [*range(6, steps + 1, 6)]
     for r, s in zip(_records(one, "train"), _records(two, "train")):
         assert r["examples_trained"] == s["examples_trained"] and r["lr"] == s["lr"]
     if steps == a["progress"]["step"]:
@@ -2357,14 +2433,17 @@ def test_sizes_that_the_processes_do_not_divide(monkeypatch, flags, fits):
 
 
 @pytest.mark.skipif(not SLOW, reason="SLOW_TESTS=1")
-@pytest.mark.parametrize("flags", [["--selector", "jest", "--debias"], ["--selector", "ajest", "--until-better", "--gain", "1"],
-                                   ["--dro", "auto", "--selector", "ajest", "--keep", "0.5"]], ids=lambda f: f[1])
+@pytest.mark.parametrize("flags", [
+    ["--selector", "jest", "--debias"], ["--selector", "ajest", "--until-better", "--gain", "1"],
+    ["--dro", "auto", "--selector", "ajest", "--keep", "0.5"]], ids=lambda f: f[1])
 def test_selection_and_all_stages_with_two_processes(tmp_path, flags):
     flags = [*ROBUST_TREE, *flags]
     if "--dro" in flags:
-        flags = ["--data", _images(tmp_path / "d.npz", size=8), *ROBUST_IMAGES, *flags[len(ROBUST_TREE):], "--metrics", "auto"]
+        flags = ["--data", _images(tmp_path / "d.npz", size=8), *ROBUST_IMAGES, *flags[len(ROBUST_TREE):],
+                 "--metrics", "auto"]
     for n, steps in ((2, 6), (1, 9), (2, 12)):  # resumed with another number
-        code, err = _robust_processes(n, [*flags, "--steps", steps, "--log-every", "3", "--out", tmp_path / "run"])
+        code, err = _robust_processes(n, [*flags, "--steps", steps, "--log-every", "3",
+                                          "--out", tmp_path / "run"])
         assert code == 0, err
     records = _records(tmp_path / "run", "train")
     assert [r["step"] for r in records] == [3, 6, 9, 12] and all(math.isfinite(r["loss"]) for r in records)

@@ -1,8 +1,9 @@
-"""Train a diffusion model while choosing its data: online (JEST, AJEST) or offline (coreset and class weights).
+"""Train a diffusion model while choosing its data:
+online (JEST, AJEST) or offline (coreset and class weights).
 
-"Autoguided Online Data Curation for Diffusion Model Training" (arXiv 2509.15267) and "Pruning then Reweighting:
-Towards Data-Efficient Training of Diffusion Models" (arXiv 2409.19128). One run is one folder; the same command
-again resumes it. On the built-in 2-D tree, in a few minutes on a CPU:
+"Autoguided Online Data Curation for Diffusion Model Training" (arXiv 2509.15267) and "Pruning then
+Reweighting: Towards Data-Efficient Training of Diffusion Models" (arXiv 2409.19128). One run is one folder;
+the same command again resumes it. On the built-in 2-D tree, in a few minutes on a CPU:
 
     python train.py --selector ajest --early-steps 5000
 """
@@ -43,22 +44,22 @@ def load_select():
 select = load_select()
 
 # ------------------------------------------------------------------------------------------------------------
-# Presets by kind and resolution; every value has a flag. The tree follows the toy example of 2406.02507, the images
-# EDM's and EDM2's noise distributions, with a learning-rate decay for short runs.
+# Presets by kind and resolution; every value has a flag. The tree follows the toy example of 2406.02507, the
+# images EDM's and EDM2's noise distributions, with a learning-rate decay for short runs.
 
 PRESETS = {
-    "tree": dict(channels=64, batch=816, steps=20_000, lr=0.01, lr_decay=512, warmup=0, dropout=0.0, flip=False,
-                 P_mean=-2.3, P_std=1.5, sigma_max=5.0, guidance=3.0, ema=[0.02, 0.10], guide_channels=32,
-                 guide_batch=4096, guide_steps=1024, eval_samples=163_840, log_every=100),
-    "32": dict(channels=64, batch=512, steps=20_000, lr=0.01, lr_decay=2000, warmup=200, dropout=0.13, flip=True,
-               P_mean=-1.2, P_std=1.2, sigma_max=80.0, guidance=1.6, ema=[0.05, 0.10], guide_channels=32,
-               guide_batch=512, guide_steps=2500, eval_samples=10_000, log_every=50),
-    "64": dict(channels=64, batch=256, steps=20_000, lr=0.01, lr_decay=4000, warmup=200, dropout=0.0, flip=True,
-               P_mean=-0.8, P_std=1.6, sigma_max=80.0, guidance=1.8, ema=[0.05, 0.10], guide_channels=32,
-               guide_batch=256, guide_steps=2500, eval_samples=10_000, log_every=50),
-    "latent": dict(channels=128, batch=256, steps=20_000, lr=0.01, lr_decay=4000, warmup=200, dropout=0.0, flip=False,
-                   P_mean=-0.4, P_std=1.0, sigma_max=80.0, guidance=1.8, ema=[0.05, 0.10], guide_channels=64,
-                   guide_batch=256, guide_steps=2500, eval_samples=10_000, log_every=50),
+    "tree": dict(channels=64, batch=816, steps=20_000, lr=0.01, lr_decay=512, warmup=0, dropout=0.0,
+                 flip=False, P_mean=-2.3, P_std=1.5, sigma_max=5.0, guidance=3.0, ema=[0.02, 0.10],
+                 guide_channels=32, guide_batch=4096, guide_steps=1024, eval_samples=163_840, log_every=100),
+    "32": dict(channels=64, batch=512, steps=20_000, lr=0.01, lr_decay=2000, warmup=200, dropout=0.13,
+               flip=True, P_mean=-1.2, P_std=1.2, sigma_max=80.0, guidance=1.6, ema=[0.05, 0.10],
+               guide_channels=32, guide_batch=512, guide_steps=2500, eval_samples=10_000, log_every=50),
+    "64": dict(channels=64, batch=256, steps=20_000, lr=0.01, lr_decay=4000, warmup=200, dropout=0.0,
+               flip=True, P_mean=-0.8, P_std=1.6, sigma_max=80.0, guidance=1.8, ema=[0.05, 0.10],
+               guide_channels=32, guide_batch=256, guide_steps=2500, eval_samples=10_000, log_every=50),
+    "latent": dict(channels=128, batch=256, steps=20_000, lr=0.01, lr_decay=4000, warmup=200, dropout=0.0,
+                   flip=False, P_mean=-0.4, P_std=1.0, sigma_max=80.0, guidance=1.8, ema=[0.05, 0.10],
+                   guide_channels=64, guide_batch=256, guide_steps=2500, eval_samples=10_000, log_every=50),
 }
 
 
@@ -68,6 +69,58 @@ def preset_name(dataset):
 
 # ------------------------------------------------------------------------------------------------------------
 # The command line. None stands for "the preset's value".
+
+def _add_data_choices(parser):
+    """The groups of flags for online selection, guide and evaluation, coreset and class weights."""
+    g = parser.add_argument_group("online selection (2509.15267)")
+    g.add_argument("--selector", choices=["uniform", "jest", "ajest"], default="uniform",
+                   help="how batches are made")
+    g.add_argument("--filter", type=float, default=0.8, help="share of the super-batch that is left out")
+    g.add_argument("--chunks", type=int, default=16, help="chunks in which JEST fills the batch")
+    g.add_argument("--score", choices=select.SCORES, default="learnability",
+                   help="what makes an example worth it")
+    g.add_argument("--invert", action="store_true", help="prefer low scores")
+    g.add_argument("--gain", type=float, default=0, help="multiply standardized scores (0 = raw scores)")
+    g.add_argument("--debias", action="store_true", help="weight by inverse inclusion probability")
+    g.add_argument("--early-steps", type=int, default=0,
+                   help="select during the first N steps (0 = throughout)")
+    g.add_argument("--until-better", action="store_true", help="select until the learner beats the reference")
+    g.add_argument("--once-better", action="store_true", help="select once the learner beats the reference")
+    g.add_argument("--interpolate", type=float, default=0,
+                   help="score the autoguided denoiser of weight W (0 = off)")
+    g.add_argument("--reference",
+                   help="checkpoint that --selector jest scores against (default: the learner's EMA)")
+
+    g = parser.add_argument_group("guide, sampling and evaluation (2406.02507)")
+    g.add_argument("--guide", default="auto",
+                   help="checkpoint, auto = train one first, self = drop the label, none")
+    g.add_argument("--guide-channels", type=int, help="width of the trained guide")
+    g.add_argument("--guide-batch", type=int, help="its batch")
+    g.add_argument("--guide-steps", type=int, help="its steps")
+    g.add_argument("--guidance", type=float, help="guidance weight of samples (1 = off)")
+    g.add_argument("--sampling-steps", type=int, default=32, help="Heun steps")
+    g.add_argument("--sigma-max", type=float, help="noise level at which sampling starts")
+    g.add_argument("--eval-every", type=int, default=0,
+                   help="steps between evaluations (0 = only at the end)")
+    g.add_argument("--eval-samples", type=int, help="samples per evaluation (0 = no evaluation)")
+    g.add_argument("--metrics", default="auto",
+                   help="own:CKPT, inception, pixels, or auto = own, fitted first")
+
+    g = parser.add_argument_group("coreset and class weights (2409.19128)")
+    g.add_argument("--keep", help="fraction of each class to keep, or a file of indices")
+    g.add_argument("--prune", choices=["gaussian", "knn", "moderate", "random"], default="gaussian",
+                   help="what is kept first")
+    g.add_argument("--features", default="pixels", help="pixels, own:CKPT, inception, or a file of features")
+    g.add_argument("--dro",
+                   help="train a proxy that finds class weights against this reference; auto = all stages")
+    g.add_argument("--dro-steps", type=int, help="steps of the proxy under --dro auto (default: the guide's)")
+    g.add_argument("--eta", type=float, default=0.01, help="step size of the class weights")
+    g.add_argument("--smoothing", type=float, default=1e-3, help="share of uniform weights mixed in")
+    g.add_argument("--min-count", type=int, default=2,
+                   help="a class with fewer examples in a batch counts as absent")
+    g.add_argument("--class-weights", help="class_weights.json to train with, or inverse (of frequency)")
+    g.add_argument("--reweight", choices=["loss", "sampling"], default="loss", help="how the weights act")
+
 
 def build_parser():
     parser = argparse.ArgumentParser(
@@ -80,66 +133,35 @@ def build_parser():
     g.add_argument("--out", help="run folder (default runs/DATA-SELECTOR)")
     g.add_argument("--size", type=int, help="center-crop and resize images to this many pixels")
     g.add_argument("--flip", action=on_off, help="horizontal flips, labelled so that they do not leak")
-    g.add_argument("--holdout", type=int, default=0, help="examples held out for the validation loss (0 = off)")
+    g.add_argument("--holdout", type=int, default=0,
+                   help="examples held out for the validation loss (0 = off)")
     g.add_argument("--imbalance", type=float, help="make classes long-tailed: head over tail, e.g. 100")
 
     g = parser.add_argument_group("model and optimization")
     g.add_argument("--channels", type=int, help="width of the network")
     g.add_argument("--batch", type=int, help="examples trained on per step, whatever the selector")
-    g.add_argument("--micro-batch", type=int, default=0, help="split the batch into parts of this size (0 = off)")
+    g.add_argument("--micro-batch", type=int, default=0,
+                   help="split the batch into parts of this size (0 = off)")
     g.add_argument("--steps", type=int, help="optimizer steps")
-    g.add_argument("--minutes", type=float, default=0, help="stop after this much training time (0 = no limit)")
+    g.add_argument("--minutes", type=float, default=0,
+                   help="stop after this much training time (0 = no limit)")
     g.add_argument("--lr", type=float, help="Adam learning rate")
     g.add_argument("--lr-decay", type=int, help="steps after which it falls as 1/sqrt(step)")
     g.add_argument("--warmup", type=int, help="steps of linear warm-up (0 = off)")
     g.add_argument("--dropout", type=float, help="dropout inside the residual blocks")
-    g.add_argument("--label-dropout", type=float, default=0, help="share trained without label, for --guide self")
-    g.add_argument("--ema", type=float, nargs="+", help="EMA lengths relative to training; the first is evaluated")
+    g.add_argument("--label-dropout", type=float, default=0,
+                   help="share trained without label, for --guide self")
+    g.add_argument("--ema", type=float, nargs="+",
+                   help="EMA lengths relative to training; the first is evaluated")
     g.add_argument("--P-mean", type=float, help="mean of ln sigma in training")
     g.add_argument("--P-std", type=float, help="standard deviation of ln sigma in training")
 
-    g = parser.add_argument_group("online selection (2509.15267)")
-    g.add_argument("--selector", choices=["uniform", "jest", "ajest"], default="uniform", help="how batches are made")
-    g.add_argument("--filter", type=float, default=0.8, help="share of the super-batch that is left out")
-    g.add_argument("--chunks", type=int, default=16, help="chunks in which JEST fills the batch")
-    g.add_argument("--score", choices=select.SCORES, default="learnability", help="what makes an example worth it")
-    g.add_argument("--invert", action="store_true", help="prefer low scores")
-    g.add_argument("--gain", type=float, default=0, help="multiply standardized scores (0 = raw scores)")
-    g.add_argument("--debias", action="store_true", help="weight by inverse inclusion probability")
-    g.add_argument("--early-steps", type=int, default=0, help="select during the first N steps (0 = throughout)")
-    g.add_argument("--until-better", action="store_true", help="select until the learner beats the reference")
-    g.add_argument("--once-better", action="store_true", help="select once the learner beats the reference")
-    g.add_argument("--interpolate", type=float, default=0, help="score the autoguided denoiser of weight W (0 = off)")
-    g.add_argument("--reference", help="checkpoint that --selector jest scores against (default: the learner's EMA)")
-
-    g = parser.add_argument_group("guide, sampling and evaluation (2406.02507)")
-    g.add_argument("--guide", default="auto", help="checkpoint, auto = train one first, self = drop the label, none")
-    g.add_argument("--guide-channels", type=int, help="width of the trained guide")
-    g.add_argument("--guide-batch", type=int, help="its batch")
-    g.add_argument("--guide-steps", type=int, help="its steps")
-    g.add_argument("--guidance", type=float, help="guidance weight of samples (1 = off)")
-    g.add_argument("--sampling-steps", type=int, default=32, help="Heun steps")
-    g.add_argument("--sigma-max", type=float, help="noise level at which sampling starts")
-    g.add_argument("--eval-every", type=int, default=0, help="steps between evaluations (0 = only at the end)")
-    g.add_argument("--eval-samples", type=int, help="samples per evaluation (0 = no evaluation)")
-    g.add_argument("--metrics", default="auto", help="own:CKPT, inception, pixels, or auto = own, fitted first")
-
-    g = parser.add_argument_group("coreset and class weights (2409.19128)")
-    g.add_argument("--keep", help="fraction of each class to keep, or a file of indices")
-    g.add_argument("--prune", choices=["gaussian", "knn", "moderate", "random"], default="gaussian",
-                   help="what is kept first")
-    g.add_argument("--features", default="pixels", help="pixels, own:CKPT, inception, or a file of features")
-    g.add_argument("--dro", help="train a proxy that finds class weights against this reference; auto = all stages")
-    g.add_argument("--dro-steps", type=int, help="steps of the proxy under --dro auto (default: the guide's)")
-    g.add_argument("--eta", type=float, default=0.01, help="step size of the class weights")
-    g.add_argument("--smoothing", type=float, default=1e-3, help="share of uniform weights mixed in")
-    g.add_argument("--min-count", type=int, default=2, help="a class with fewer examples in a batch counts as absent")
-    g.add_argument("--class-weights", help="class_weights.json to train with, or inverse (of frequency)")
-    g.add_argument("--reweight", choices=["loss", "sampling"], default="loss", help="how the weights act")
+    _add_data_choices(parser)
 
     g = parser.add_argument_group("run")
     g.add_argument("--seed", type=int, default=0, help="of initialization, data, noise and selection")
-    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or mps")
+    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                   help="cpu, cuda or mps")
     g.add_argument("--bf16", action=on_off, help="bf16 autocast (default: on CUDA)")
     g.add_argument("--compile", action=on_off, help="torch.compile (default: on CUDA)")
     g.add_argument("--log-every", type=int, help="steps between log lines")
@@ -168,46 +190,60 @@ def resolve(args, dataset):
     cuda = torch.device(args.device).type == "cuda"
     config["bf16"] = cuda and name != "tree" if args.bf16 is None else args.bf16
     config["compile"] = cuda if args.compile is None else args.compile
-    config.update(preset=name, kind=dataset.kind, data_fingerprint=dataset.fingerprint, shape=list(dataset.shape))
+    config.update(preset=name, kind=dataset.kind, data_fingerprint=dataset.fingerprint,
+                  shape=list(dataset.shape))
     config.update(classes=dataset.classes, class_names=list(dataset.class_names), net_classes=dataset.classes)
     if config["flip"]:
         config["net_classes"] = 2 * max(dataset.classes, 1)
     if dataset.kind == "latent":
-        config.update(latent_mean=[float(v) for v in dataset.mean], latent_std=[float(v) for v in dataset.std])
+        config.update(latent_mean=[float(v) for v in dataset.mean],
+                      latent_std=[float(v) for v in dataset.std])
     checks = [
         (0 <= config["filter"] < 1, "--filter must be at least 0 and less than 1"),
         (config["early_steps"] >= 0, "--early-steps must not be negative (0 = throughout)"),
-        (min(config["batch"], config["steps"], config["channels"], config["guide_batch"], config["guide_steps"],
-             config["guide_channels"], config["log_every"], config["sampling_steps"]) > 0,
-         "--batch, --steps, --channels, --log-every, --sampling-steps and the --guide-... sizes must be positive"),
-        (min(config["micro_batch"], config["minutes"], config["warmup"], config["eval_every"], config["eval_samples"]) >= 0,
-         "--micro-batch, --minutes, --warmup, --eval-every and --eval-samples must not be negative (0 = off)"),
-        (config["lr"] > 0 and config["P_std"] > 0 and config["sigma_max"] > 0.002, "--lr, --P-std, --sigma-max: positive"),
+        (min(config["batch"], config["steps"], config["channels"], config["guide_batch"],
+             config["guide_steps"], config["guide_channels"], config["log_every"],
+             config["sampling_steps"]) > 0,
+         "--batch, --steps, --channels, --log-every, --sampling-steps and the --guide-... sizes "
+         "must be positive"),
+        (min(config["micro_batch"], config["minutes"], config["warmup"], config["eval_every"],
+             config["eval_samples"]) >= 0,
+         "--micro-batch, --minutes, --warmup, --eval-every and --eval-samples "
+         "must not be negative (0 = off)"),
+        (config["lr"] > 0 and config["P_std"] > 0 and config["sigma_max"] > 0.002,
+         "--lr, --P-std, --sigma-max: positive"),
         (0 < config["chunks"], "--chunks must be positive"),
-        (0 <= config["dropout"] < 1 and 0 <= config["label_dropout"] < 1, "--dropout and --label-dropout: in [0, 1)"),
+        (0 <= config["dropout"] < 1 and 0 <= config["label_dropout"] < 1,
+         "--dropout and --label-dropout: in [0, 1)"),
         (all(0 < std < 0.28 for std in config["ema"]), "--ema lengths must lie between 0 and 0.28"),
-        (config["score"] != "target-norm" or not (config["interpolate"] or config["until_better"] or config["once_better"]),
+        (config["score"] != "target-norm"
+         or not (config["interpolate"] or config["until_better"] or config["once_better"]),
          "--score target-norm runs no network: without --interpolate, --until-better and --once-better"),
-        (not (config["until_better"] and config["once_better"]), "--until-better and --once-better exclude each other"),
+        (not (config["until_better"] and config["once_better"]),
+         "--until-better and --once-better exclude each other"),
         (dataset.kind == "tree" or dataset.shape[-1] == dataset.shape[-2] and dataset.shape[-1] % 8 == 0,
          f"--size: the UNet needs square images of a multiple of 8 pixels, not {list(dataset.shape)}"),
-        (config["kind"] != "tree" or not (config["keep"] or config["dro"] or config["class_weights"] or config["holdout"]),
+        (config["kind"] != "tree"
+         or not (config["keep"] or config["dro"] or config["class_weights"] or config["holdout"]),
          "--keep, --dro, --class-weights and --holdout need --data: the tree is drawn afresh at every step"),
         (dataset.classes or not (config["dro"] or config["class_weights"] or config["imbalance"]),
          f"--dro, --class-weights and --imbalance need labels: {config['data']} has none"),
-        (config["selector"] != "ajest" or config["guide"] not in ("none", "self"), "--selector ajest needs a --guide"),
+        (config["selector"] != "ajest" or config["guide"] not in ("none", "self"),
+         "--selector ajest needs a --guide"),
         (config["guide"] != "self" or config["label_dropout"] > 0 or config["net_classes"] == 0,
          "--guide self needs training with --label-dropout, e.g. 0.1"),
-        (config["eta"] > 0 and 0 <= config["smoothing"] < 1 and config["min_count"] > 0, "--min-count and --eta must be positive, --smoothing in [0, 1)"),
+        (config["eta"] > 0 and 0 <= config["smoothing"] < 1 and config["min_count"] > 0,
+         "--min-count and --eta must be positive, --smoothing in [0, 1)"),
     ]
     for passed, message in checks:
         if not passed:
             raise data.DataError(message)
     parse_save_every(config["save_every"])
     B, world = super_batch_size(config), int(os.environ.get("WORLD_SIZE", 1))
-    if any(n % world for n in (config["batch"], config["guide_batch"], B if config["selector"] != "uniform" else world)):
-        raise data.DataError(f"--batch {config['batch']}, --guide-batch {config['guide_batch']} and the super-batch of {B} "
-                             f"(--filter) must be divisible by the {world} processes")
+    if any(n % world for n in (config["batch"], config["guide_batch"],
+                               B if config["selector"] != "uniform" else world)):
+        raise data.DataError(f"--batch {config['batch']}, --guide-batch {config['guide_batch']} and "
+                             f"the super-batch of {B} (--filter) must be divisible by the {world} processes")
     return config
 
 
@@ -225,9 +261,10 @@ def parse_save_every(text):
 def model_config(config):
     """What a checkpoint needs to rebuild and sample its denoiser: plain values only."""
     return dict(net="mlp" if config["kind"] == "tree" else "unet", kind=config["kind"], shape=config["shape"],
-                channels=config["channels"], classes=config["net_classes"], dropout=config["dropout"], sigma_data=0.5,
-                class_names=config["class_names"], sigma_max=config["sigma_max"], guidance=config["guidance"],
-                latent_mean=config.get("latent_mean"), latent_std=config.get("latent_std"))
+                channels=config["channels"], classes=config["net_classes"], dropout=config["dropout"],
+                sigma_data=0.5, class_names=config["class_names"], sigma_max=config["sigma_max"],
+                guidance=config["guidance"], latent_mean=config.get("latent_mean"),
+                latent_std=config.get("latent_std"))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -240,8 +277,9 @@ class Ranks:
         if self.world > 1 and not torch.distributed.is_initialized():
             if device.type == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            # A long timeout, for the others wait for evaluations.
             torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                                 timeout=datetime.timedelta(days=1))  # the others wait for evaluations
+                                                 timeout=datetime.timedelta(days=1))
 
     def rows(self, *tensors):
         """This process's rows of tensors that every process holds alike; None stays None."""
@@ -284,7 +322,8 @@ class Ranks:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Seconds of device time between `start` and `stop`; on CUDA by events, so that nothing waits until `seconds` is read.
+# Seconds of device time between `start` and `stop`; on CUDA by events, so that nothing waits until
+# `seconds` is read.
 
 class Stopwatch:
     def __init__(self, device, seconds=0.0):
@@ -325,16 +364,18 @@ class State:
         self.project(self.projected)
         self.params = [p for p in self.denoiser.parameters()]
         self.ema = model.PowerEMA(self.denoiser, config["ema"])
-        self.optimizer = torch.optim.Adam(self.params, lr=config["lr"], betas=(0.9, 0.99), eps=1e-8, fused=True)
+        self.optimizer = torch.optim.Adam(self.params, lr=config["lr"], betas=(0.9, 0.99), eps=1e-8,
+                                          fused=True)
         self.objective = model.accelerate(self._objective, device, config["bf16"], config["compile"])
         self.progress = dict(step=0, seconds=0.0, select_seconds=0.0, eval_seconds=0.0, examples_trained=0,
                              examples_seen=0, selecting=not config["once_better"])
         self.flops_per_example = 3 * forward_flops(config) if config["kind"] != "tree" else 0
-        self.tally = torch.zeros(4, device=device)  # loss sum and steps since the log line; steps skipped, in a row
+        # The loss sum and the steps since the log line; the steps skipped, and those in a row.
+        self.tally = torch.zeros(4, device=device)
         self.previous = None  # indices [b] that the last step selected
 
     def _objective(self, x0, noise, sigma, labels, weight):
-        """Mean weighted objective (with EDM2's uncertainty for the UNet: loss / e^u + u) and the losses [b]."""
+        """Mean weighted objective (with EDM2's uncertainty for the UNet: loss / e^u + u) and losses [b]."""
         loss, _ = self.denoiser.loss(x0, noise, sigma, labels)
         total = loss
         if self.config["kind"] != "tree":
@@ -356,11 +397,14 @@ class State:
         return torch.where(drop < self.config["label_dropout"], -1, labels)
 
     def learn(self, x0, noise, sigma, labels, weight):
-        """One optimizer step on b examples; returns their losses [b]. A non-finite gradient skips it on the device."""
+        """One optimizer step on b examples; returns their losses [b]. A non-finite gradient skips it
+        on the device."""
         if self.config["dropout"]:
-            torch.manual_seed(data.stream(self.config["seed"], self.progress["step"], "dropout").initial_seed())
+            generator = data.stream(self.config["seed"], self.progress["step"], "dropout")
+            torch.manual_seed(generator.initial_seed())
         part, losses = self.config["micro_batch"] or len(x0), []
-        for rows in zip(*[[None] * len(x0) if t is None else t.split(part) for t in (x0, noise, sigma, labels, weight)]):
+        tensors = (x0, noise, sigma, labels, weight)
+        for rows in zip(*[[None] * len(x0) if t is None else t.split(part) for t in tensors]):
             objective, loss = self.objective(*rows)
             (objective * (len(loss) / len(x0))).backward()
             losses.append(loss)
@@ -380,9 +424,9 @@ class State:
         return losses
 
     def checkpoint(self):
-        return dict(kind="run", config=self.config, model_config=model_config(self.config), progress=self.progress,
-                    model=self.denoiser.state_dict(), ema=self.ema.state_dict(), optimizer=self.optimizer.state_dict(),
-                    tally=self.tally, previous=self.previous)
+        return dict(kind="run", config=self.config, model_config=model_config(self.config),
+                    progress=self.progress, model=self.denoiser.state_dict(), ema=self.ema.state_dict(),
+                    optimizer=self.optimizer.state_dict(), tally=self.tally, previous=self.previous)
 
     def restore(self, checkpoint, path, dro=None):
         """Take over what `checkpoint` holds; CheckpointError where it is another run's, or not a run's."""
@@ -402,19 +446,22 @@ class State:
             if not all(p.isfinite().all() for p in self.params):
                 raise ValueError
         except Exception:  # whatever a foreign dictionary leads to
-            raise model.CheckpointError(f"{path}: does not fit this run; give another --out, or delete it") from None
+            raise model.CheckpointError(f"{path}: does not fit this run; "
+                                        "give another --out, or delete it") from None
 
 
 def forward_flops(config):
     """FLOPs of one example's forward pass, counted without computing it (2 per multiply-add)."""
-    with torch.device("meta"), torch.no_grad(), torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
-        model.build(model_config(config))(torch.empty(1, *config["shape"]), torch.ones(1), torch.zeros(1, dtype=torch.long))
+    counter = torch.utils.flop_counter.FlopCounterMode(display=False)
+    with torch.device("meta"), torch.no_grad(), counter:
+        denoiser = model.build(model_config(config))
+        denoiser(torch.empty(1, *config["shape"]), torch.ones(1), torch.zeros(1, dtype=torch.long))
     return counter.get_total_flops()
 
 
 # ------------------------------------------------------------------------------------------------------------
-# One draw: data, noise level and noise, each a function of (seed, step). On the CPU the first examples of a larger draw
-# are those of a smaller one, so that all arms of a comparison see the same.
+# One draw: data, noise level and noise, each a function of (seed, step). On the CPU the first examples of a
+# larger draw are those of a smaller one, so that all arms of a comparison see the same.
 
 class Draw:
     def __init__(self, config, dataset, n, device, ranks, keep=None, class_weights=None):
@@ -433,8 +480,8 @@ class Draw:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Online selection: score a super-batch with learner and reference on the same sigma and noise, keep b of B. `active` also
-# keeps the early and late rules.
+# Online selection: score a super-batch with learner and reference on the same sigma and noise, keep b of B.
+# `active` also keeps the early and late rules.
 
 class Curator:
     def __init__(self, config, state, reference, device):
@@ -443,7 +490,7 @@ class Curator:
         self.stats = {}
 
     def _losses(self, x0, noise, sigma, labels):
-        """Per-example losses [B] of learner (or of the autoguided pair, "interpolated AJEST") and reference."""
+        """Per-example losses [B] of learner (or the autoguided pair, "interpolated AJEST") and reference."""
         if self.config["score"] == "target-norm":
             return self.state.denoiser.loss_of_zero(x0, noise, sigma), None
         learner, D_x = self.state.denoiser.loss(x0, noise, sigma, labels)
@@ -456,19 +503,24 @@ class Curator:
         return learner, reference
 
     def active(self, step, super_batch):
-        """Whether this step selects. The early and late rules compare the two mean losses once per log interval."""
+        """Whether this step selects. The early and late rules compare the two mean losses once
+        per log interval."""
         c, progress = self.config, self.state.progress
-        undecided = c["until_better"] and progress["selecting"] or c["once_better"] and not progress["selecting"]
+        undecided = (c["until_better"] and progress["selecting"]
+                     or c["once_better"] and not progress["selecting"])
         if undecided and step % c["log_every"] == 0:
-            learner, reference = (self.state.ranks.gather(t).mean() for t in self.measure(*super_batch[step][:4]))
+            losses = self.measure(*super_batch[step][:4])
+            learner, reference = (self.state.ranks.gather(t).mean() for t in losses)
             progress["selecting"] = progress["selecting"] != bool(learner < reference)
-        over = c["early_steps"] and step >= c["early_steps"] or c["until_better"] and not progress["selecting"]
+        over = (c["early_steps"] and step >= c["early_steps"]
+                or c["until_better"] and not progress["selecting"])
         if over:
             self.reference = None  # nothing scores any more: give its memory back
         return progress["selecting"] and not over
 
     @torch.no_grad()
     def measure(self, x0, noise, sigma, labels):
+        """Losses [B] of learner and reference (or None) as by `_losses`, with dropout turned off."""
         if not self.config["dropout"]:
             return self.losses(x0, noise, sigma, labels)
         self.state.denoiser.eval()
@@ -484,7 +536,8 @@ class Curator:
         whole = select.score(ranks.gather(learner), None if reference is None else ranks.gather(reference),
                              c["score"], c["invert"], c["gain"])
         score = whole.view(ranks.world, -1)[ranks.rank]
-        generator = data.stream(c["seed"], step, f"select{ranks.rank}" if ranks.rank else "select", self.device)
+        name = f"select{ranks.rank}" if ranks.rank else "select"
+        generator = data.stream(c["seed"], step, name, self.device)
         k, weight = c["batch"] // ranks.world, None
         if c["debias"]:
             chosen, weight = select.gumbel_top_k(score, k, generator)
@@ -503,20 +556,23 @@ class Curator:
         if weight is not None:
             self.stats["effective_samples"] = weight.sum().square() / weight.square().sum()
         if labels is not None:
-            share = torch.bincount(labels.clamp_min(0) % self.config["classes"], minlength=self.config["classes"])
+            share = torch.bincount(labels.clamp_min(0) % self.config["classes"],
+                                   minlength=self.config["classes"])
             self.stats["class_share"] = share / len(labels)
         if index is not None and self.state.previous is not None:
             self.stats["overlap"] = torch.isin(index, self.state.previous).float().mean()
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Class weights by group DRO (2409.19128; the update is DoReMi's, 2305.10429): the proxy minimizes sum_c alpha_c L_c, where
-# alpha grows for classes whose excess loss over the reference is large. The result is the running mean of alpha.
+# Class weights by group DRO (2409.19128; the update is DoReMi's, 2305.10429): the proxy minimizes
+# sum_c alpha_c L_c, where alpha grows for classes whose excess loss over the reference is large. The result
+# is the running mean of alpha.
 
 class Dro:
     def __init__(self, config, reference, counts, device):
         self.config, self.counts = config, counts.to(device)  # [classes] examples trained from
-        self.losses = model.accelerate(lambda *rows: reference.loss(*rows)[0], device, config["bf16"], config["compile"])
+        self.losses = model.accelerate(lambda *rows: reference.loss(*rows)[0], device, config["bf16"],
+                                       config["compile"])
         self.log_alpha = torch.full((len(counts),), -math.log(len(counts)), device=device)
         self.sum_alpha, self.steps = torch.zeros(len(counts), device=device), 0
 
@@ -529,11 +585,13 @@ class Dro:
 
     @torch.no_grad()
     def update(self, loss, x0, noise, sigma, labels, ranks):
+        """One step of alpha, from the proxy's losses [b] over the reference's on the same rows."""
         excess = loss - self.losses(x0, noise, sigma, labels)
         excess, labels = ranks.gather(excess), ranks.gather(labels % len(self.counts))
         count = torch.zeros_like(self.counts).index_add_(0, labels, torch.ones_like(excess))
         excess = torch.where(count[labels] >= self.config["min_count"], excess, 0.0)
-        self.log_alpha = data.dro_update(self.log_alpha, excess, labels, self.config["eta"], self.config["smoothing"])
+        self.log_alpha = data.dro_update(self.log_alpha, excess, labels, self.config["eta"],
+                                         self.config["smoothing"])
         self.sum_alpha += self.log_alpha.exp()
         self.steps += 1
 
@@ -543,24 +601,27 @@ class Dro:
     def load_state_dict(self, state):
         if not state["log_alpha"].shape == state["sum_alpha"].shape == self.counts.shape:
             raise ValueError("made for other classes")
-        self.log_alpha, self.sum_alpha, self.steps = state["log_alpha"], state["sum_alpha"], int(state["steps"])
+        self.steps = int(state["steps"])
+        self.log_alpha, self.sum_alpha = state["log_alpha"], state["sum_alpha"]
 
     def write(self, out, records):
         """class_weights.json, and class_weights.png: the path of the weights over the steps."""
         c, names = self.config, self.config["class_names"]
         mean = self.class_weights(self.sum_alpha / max(self.steps, 1)).tolist()
         write_json(out / "class_weights.json", dict(
-            format=1, classes=dict(zip(names, mean)), eta=c["eta"], smoothing=c["smoothing"], steps=self.steps,
-            reference=str(c["dro"]), data=c["data"], fingerprint=c["data_fingerprint"]))
+            format=1, classes=dict(zip(names, mean)), eta=c["eta"], smoothing=c["smoothing"],
+            steps=self.steps, reference=str(c["dro"]), data=c["data"], fingerprint=c["data_fingerprint"]))
         path = [(r["step"], r["class_weights"]) for r in records if "class_weights" in r]
         if path and len(names) <= 20:
             steps, weights = np.array([p[0] for p in path]), np.array([p[1] for p in path])
             lines = [dict(name=name, x=steps, y=weights[:, i], color=i) for i, name in enumerate(names)]
-            fid.line_chart([dict(title="class weights", x="steps of the proxy", lines=lines)], out / "class_weights.png")
+            panel = dict(title="class weights", x="steps of the proxy", lines=lines)
+            fid.line_chart([panel], out / "class_weights.png")
 
 
 def read_class_weights(path, names):
-    """class_weights.json -> float32 [classes] in the order of `names`; DataError where it is for other classes."""
+    """class_weights.json -> float32 [classes] in the order of `names`; DataError where it is
+    for other classes."""
     try:
         content = read_json(path)
         version, weights = int(content.get("format", 1)), content["classes"]
@@ -569,16 +630,19 @@ def read_class_weights(path, names):
         reason = error if isinstance(error, data.DataError) else f"{path}: not a class-weights file"
         raise data.DataError(f"--class-weights: {reason}") from None
     if version > 1:
-        raise data.DataError(f"--class-weights {path}: written by a later version (format {version}, this is 1)")
+        raise data.DataError(f"--class-weights {path}: written by a later version "
+                             f"(format {version}, this is 1)")
     if not len(values):
         raise data.DataError(f"--class-weights {path}: its classes are not those of the data")
     if not (values.isfinite().all() and values.min() >= 0 and values.sum() > 0):
-        raise data.DataError(f"--class-weights {path}: weights must be finite, not negative, and not all zero")
+        raise data.DataError(f"--class-weights {path}: weights must be finite, not negative, "
+                             "and not all zero")
     return values
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Files of a run. Everything is written beside its place and renamed, but for the log, which grows by whole lines.
+# Files of a run. Everything is written beside its place and renamed, but for the log, which grows
+# by whole lines.
 
 def write_json(path, value):
     if int(os.environ.get("RANK", 0)) == 0:
@@ -612,7 +676,8 @@ def read_log(path):
 
 
 class Journal:
-    """log.jsonl and the progress line. Lines after `step` (a torn one too) are dropped, for a run that resumes there."""
+    """log.jsonl and the progress line. Lines after `step` (a torn one too) are dropped, for a run
+    that resumes there."""
 
     def __init__(self, path, step, title, quiet=False):
         self.path, self.title, self.quiet = path, title, quiet
@@ -637,7 +702,8 @@ class Journal:
 
 
 class Interrupt:
-    """Notes SIGINT and SIGTERM, so that the loop can save before it ends; `caught` is the signal number or None."""
+    """Notes SIGINT and SIGTERM, so that the loop can save before it ends; `caught` is the signal
+    number or None."""
 
     def __enter__(self):
         self.caught = None
@@ -657,25 +723,24 @@ class Interrupt:
 
 def fit(config, dataset, out, guide_path=None, keep=None, class_weights=None, evaluate=None, title="train"):
     """Train the model that `config` describes into the folder `out`, or go on where its checkpoint stands.
-
-    keep: sorted indices to train on, None = all. class_weights: [classes] or None. evaluate(state) -> records is
-    called every `eval_every` steps and at the end. Returns the run's log records.
-    """
+    keep: sorted indices to train on, None = all. class_weights: [classes] or None.
+    evaluate(state, show) -> records is called every `eval_every` steps and at the end. Returns the log."""
     device = torch.device(config["device"])
     ranks, path = Ranks(device), out / "checkpoint.pt"
     state, dro = State(config, device, ranks), None
     if config["dro"]:
-        dro = Dro(config, load_matching(config["dro"], "--dro", config, device), class_counts(dataset, keep), device)
+        reference = load_matching(config["dro"], "--dro", config, device)
+        dro = Dro(config, reference, class_counts(dataset, keep), device)
     if path.exists():
-        saved = model.read(path, device)
-        state.restore(saved, path, dro)
+        state.restore(model.read(path, device), path, dro)
     progress = state.progress
     journal = Journal(out / "log.jsonl", progress["step"], title, quiet=ranks.rank > 0)
     journal.rated = progress["examples_trained"], progress["seconds"]
     curator = make_curator(config, state, guide_path, device)
     batch = Draw(config, dataset, config["batch"], device, ranks, keep, class_weights)
     super_batch = Draw(config, dataset, super_batch_size(config), device, ranks, keep, class_weights)
-    per_example = class_weights.to(device) if class_weights is not None and config["reweight"] == "loss" else None
+    on_loss = class_weights is not None and config["reweight"] == "loss"
+    per_example = class_weights.to(device) if on_loss else None
     watch, began = Stopwatch(device, progress["select_seconds"]), time.monotonic() - progress["seconds"]
     saver, finished = Saver(config), lambda: progress["step"] >= config["steps"] or (
         config["minutes"] and progress["seconds"] >= 60 * config["minutes"])
@@ -710,7 +775,7 @@ def fit(config, dataset, out, guide_path=None, keep=None, class_weights=None, ev
                 log(state, journal, curator, dro, time.monotonic() - began)
             progress["seconds"], caught = ranks.agree(time.monotonic() - began, interrupt.caught or 0)
             pause = time.monotonic()
-            if evaluate and config["eval_every"] and (step + 1) % config["eval_every"] == 0 and not finished():
+            if evaluate and config["eval_every"] and not (step + 1) % config["eval_every"] and not finished():
                 progress["select_seconds"] = watch.seconds()
                 run_evaluation(state, journal, evaluate)
             if caught or finished() or saver.due(progress["step"]):
@@ -742,13 +807,14 @@ def load_matching(path, flag, config, device):
     """A trained denoiser to compare with; DataError, naming the flag, where it is for other data."""
     other = model.load_denoiser(path, device=device)
     if other.shape != tuple(config["shape"]) or other.classes != config["net_classes"]:
-        raise data.DataError(f"{flag} {path}: denoises {list(other.shape)} with {other.classes} labels, this run "
-                             f"{config['shape']} with {config['net_classes']} (--size, --flip)")
+        raise data.DataError(f"{flag} {path}: denoises {list(other.shape)} with {other.classes} labels, "
+                             f"this run {config['shape']} with {config['net_classes']} (--size, --flip)")
     return other
 
 
 def make_curator(config, state, guide_path, device):
-    """The Curator of a run, None for uniform batches. The reference is the guide, a checkpoint or the learner's EMA."""
+    """The Curator of a run, None for uniform batches. The reference is the guide, a checkpoint or
+    the learner's EMA."""
     if config["selector"] == "uniform":
         return None
     rules = config["interpolate"] or config["until_better"] or config["once_better"]
@@ -757,8 +823,10 @@ def make_curator(config, state, guide_path, device):
     if config["selector"] == "ajest":
         return Curator(config, state, load_matching(guide_path, "--guide", config, device), device)
     if config["reference"]:
-        return Curator(config, state, load_matching(config["reference"], "--reference", config, device), device)
-    average = copy.deepcopy(state.denoiser).eval().requires_grad_(False)  # shares the EMA's tensors: always current
+        reference = load_matching(config["reference"], "--reference", config, device)
+        return Curator(config, state, reference, device)
+    # The copy shares the EMA's tensors, and so is always current.
+    average = copy.deepcopy(state.denoiser).eval().requires_grad_(False)
     for parameter, value in zip(average.parameters(), state.ema.averages[config["ema"][0]]):
         parameter.data = value
     return Curator(config, state, average, device)
@@ -785,9 +853,10 @@ def log(state, journal, curator, dro, seconds):
     state.tally[:2] = 0
     rate = (p["examples_trained"] - journal.rated[0]) / max(seconds - journal.rated[1], 1e-9)
     journal.rated = p["examples_trained"], seconds
-    record = dict(kind="train", step=p["step"], loss=total / max(steps, 1), lr=state.learning_rate(), seconds=seconds,
-                  select_seconds=p["select_seconds"], eval_seconds=p["eval_seconds"], examples_per_second=rate,
-                  examples_trained=p["examples_trained"], examples_seen=p["examples_seen"], skipped=int(skipped))
+    record = dict(kind="train", step=p["step"], loss=total / max(steps, 1), lr=state.learning_rate(),
+                  seconds=seconds, select_seconds=p["select_seconds"], eval_seconds=p["eval_seconds"],
+                  examples_per_second=rate, examples_trained=p["examples_trained"],
+                  examples_seen=p["examples_seen"], skipped=int(skipped))
     if curator and curator.stats:
         record |= {key: value.tolist() for key, value in curator.stats.items()}
         curator.stats = {}
@@ -803,7 +872,8 @@ def log(state, journal, curator, dro, seconds):
                  + f"  selection {100 * p['select_seconds'] / max(seconds, 1e-9):.0f}%"
                  + f"  {max(left, 0) // 60:.0f}:{max(left, 0) % 60:02.0f} left", last=p["step"] >= c["steps"])
     if in_a_row >= 100:
-        raise data.DataError("100 steps in a row had a non-finite loss or gradient: lower --lr, or try --no-bf16")
+        raise data.DataError("100 steps in a row had a non-finite loss or gradient: "
+                             "lower --lr, or try --no-bf16")
 
 
 def run_evaluation(state, journal, evaluate):
@@ -812,7 +882,8 @@ def run_evaluation(state, journal, evaluate):
     if state.ranks.rank == 0:
         records = list(evaluate(state, journal.show))
         p["eval_seconds"] += time.monotonic() - began
-        same = {k: p[k] for k in ("step", "seconds", "select_seconds", "eval_seconds", "examples_trained", "examples_seen")}
+        same = {k: p[k] for k in ("step", "seconds", "select_seconds", "eval_seconds",
+                                  "examples_trained", "examples_seen")}
         stale = evaluations(journal.records, p["step"])
         journal.keep(lambda r: r not in stale)
         for record in records:
@@ -823,7 +894,8 @@ def run_evaluation(state, journal, evaluate):
 # Evaluation: the same noise for every run and step, unguided and guided; metrics by name and a picture.
 
 class Evaluator:
-    """Called with a State, yields one record unguided and one guided; `dataset` is what the metrics compare with."""
+    """Called with a State, yields one record unguided and one guided;
+    `dataset` is what the metrics compare with."""
 
     def __init__(self, config, dataset, out, guide_path, guide_seconds, other_seconds, held_out=None):
         self.config, self.dataset, self.out, self.guide_path = config, dataset, out, guide_path
@@ -861,12 +933,14 @@ class Evaluator:
 
     @torch.no_grad()
     def tree(self, denoiser, unguided):
+        """The metrics of n sampled points (unguided: with the score error), and the points [n, 2]."""
         c, n = self.config, self.config["eval_samples"]
         sampler = dict(steps=c["sampling_steps"], sigma_max=c["sigma_max"])
         noise = torch.randn(n, 2, generator=data.stream(0, 0, "eval"))
         if self.real is None:  # where the exact denoiser's ODE takes the first 4,096
             self.real = fid.exact_endpoints(self.dataset, noise[:4096].to(self.device))
-        points = torch.cat([guide.heun(denoiser, part.to(self.device), **sampler) for part in noise.split(2048)])
+        points = torch.cat([guide.heun(denoiser, part.to(self.device), **sampler)
+                            for part in noise.split(2048)])
         metrics = fid.tree_metrics(points, self.dataset, self.real)
         if unguided:
             metrics["score_error"] = fid.score_error(denoiser, self.dataset)
@@ -874,6 +948,7 @@ class Evaluator:
 
     @torch.no_grad()
     def images(self, denoiser, unguided):
+        """The metrics of n sampled images or latents, and the first [<= 80, C, H, W] of them."""
         c, n = self.config, self.config["eval_samples"]
         labels = torch.arange(n) % c["classes"] if c["classes"] else torch.zeros(n, dtype=torch.long)
         labels = labels if c["net_classes"] else None
@@ -888,7 +963,8 @@ class Evaluator:
                 write_json(self.out / "noise_floor.json", scorer.noise_floor(self.dataset))
             metrics = scorer.score(self.real, x)
         if unguided and self.held_out is not None:
-            metrics["validation_loss"] = validation_loss(denoiser, self.dataset, self.held_out, c, self.device)
+            metrics["validation_loss"] = validation_loss(denoiser, self.dataset, self.held_out, c,
+                                                         self.device)
         return metrics, x[:80]
 
 
@@ -898,7 +974,8 @@ def validation_loss(denoiser, dataset, held_out, config, device, batch=256):
     for i, index in enumerate(held_out.split(batch)):
         x0 = dataset.take(index.to(dataset.x.device)).to(device)
         generator = data.stream(0, i, "validation")
-        sigma = (config["P_mean"] + config["P_std"] * torch.randn(len(x0), generator=generator)).exp().to(device)
+        ln_sigma = config["P_mean"] + config["P_std"] * torch.randn(len(x0), generator=generator)
+        sigma = ln_sigma.exp().to(device)
         noise = torch.randn(x0.shape, generator=generator).to(device)
         labels = dataset.labels[index.to(dataset.x.device)].to(device) if config["classes"] else None
         D_x = denoiser(x0 + sigma[:, None, None, None] * noise, sigma, labels)
@@ -910,7 +987,8 @@ def validation_loss(denoiser, dataset, held_out, config, device, batch=256):
 # Pictures: the tree's exact density beside samples; a grid of images, unguided above guided.
 
 def draw_tree(samples, tree, path, size=400, side=3.0):
-    """samples: list of point sets [N, 2]. Panels of `size` pixels that show the square of this side around the origin."""
+    """samples: list of point sets [N, 2].
+    Panels of `size` pixels that show the square of this side around the origin."""
     ticks = (torch.arange(size) + 0.5) / size * side - side / 2
     cells = torch.stack(torch.meshgrid(ticks, -ticks, indexing="xy"), dim=-1).reshape(-1, 2)
     panels = [data.log_density_picture(tree.logp(cells.to(tree.device)).cpu().reshape(size, size))]
@@ -919,7 +997,8 @@ def draw_tree(samples, tree, path, size=400, side=3.0):
     image = Image.new("RGB", (len(panels) * (size + 8) - 8, size + 24), "white")
     for i, (panel, title) in enumerate(zip(panels, titles)):
         image.paste(panel, (i * (size + 8), 24))
-        ImageDraw.Draw(image).text((i * (size + 8) + 4, 2), title, fill="black", font=ImageFont.load_default(16))
+        ImageDraw.Draw(image).text((i * (size + 8) + 4, 2), title, fill="black",
+                                   font=ImageFont.load_default(16))
     save_image(image, path)
 
 
@@ -946,7 +1025,8 @@ def save_image(image, path):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The stages of a run, each in a folder of its own with its own checkpoint, so that each resumes or is skipped.
+# The stages of a run, each in a folder of its own with its own checkpoint, so that each resumes
+# or is skipped.
 
 RESUMABLE = {"steps", "minutes", "device", "bf16", "compile", "save_every", "eval_every", "eval_samples",
              "metrics", "sampling_steps", "guidance", "micro_batch"}  # may change when a run goes on
@@ -959,18 +1039,20 @@ def begin(out, config):
         old = read_json(path)
         for key in sorted(config.keys() - RESUMABLE):
             if old.get(key) != config[key]:
-                raise data.DataError(f"{out} holds a run with --{key.replace('_', '-')} {old.get(key)}, not {config[key]}: "
-                                     "give another --out, or delete it")
+                raise data.DataError(f"{out} holds a run with --{key.replace('_', '-')} {old.get(key)}, "
+                                     f"not {config[key]}: give another --out, or delete it")
     out.mkdir(parents=True, exist_ok=True)
     write_json(path, config)
 
 
 def helper_model(config, dataset, out, keep, title, **changes):
-    """Train the guide, reference or proxy of a run in the folder `out`, or find it there; -> (checkpoint path, seconds)."""
-    plain = dict(selector="uniform", early_steps=0, until_better=False, once_better=False, interpolate=0, debias=False,
-                 guide="none", reference=None, dro=None, class_weights=None, minutes=0, metrics="none", eval_samples=0,
-                 channels=config["guide_channels"], batch=config["guide_batch"], steps=config["guide_steps"],
-                 micro_batch=0, seed=config["seed"] + 1_000_003)
+    """Train the guide, reference or proxy of a run in the folder `out`, or find it there;
+    -> (checkpoint path, seconds)."""
+    plain = dict(selector="uniform", early_steps=0, until_better=False, once_better=False, interpolate=0,
+                 debias=False, guide="none", reference=None, dro=None, class_weights=None, minutes=0,
+                 metrics="none", eval_samples=0, channels=config["guide_channels"],
+                 batch=config["guide_batch"], steps=config["guide_steps"], micro_batch=0,
+                 seed=config["seed"] + 1_000_003)
     config = {**config, **plain, **changes}
     begin(out, config)
     fit(config, dataset, out, keep=keep, title=title)
@@ -987,7 +1069,8 @@ def training_seconds(path):
 def coreset(config, dataset, out):
     """The sorted indices to train on (None = all) and the seconds that choosing them took."""
     n, began = len(dataset), time.monotonic()
-    keep = data.long_tail(dataset.labels.cpu(), config["imbalance"], config["seed"]) if config["imbalance"] else None
+    keep = (data.long_tail(dataset.labels.cpu(), config["imbalance"], config["seed"])
+            if config["imbalance"] else None)
     if config["keep"] is None:
         return keep, 0.0
     try:
@@ -1013,7 +1096,7 @@ def coreset(config, dataset, out):
 
 
 def features_of(dataset, config):
-    """Features [N, d] for pruning: pixels, a feature network's (computed once per file), or those in a file."""
+    """Features [N, d] for pruning: pixels, a feature network's (computed once per file), or a file's."""
     name = config["features"]
     if config["prune"] == "random" or name == "pixels":
         return data.pixel_features(dataset)
@@ -1023,7 +1106,8 @@ def features_of(dataset, config):
 
 
 def choose_metrics(config, dataset, out, say):
-    """The features that images are scored with: as asked for, or "auto": a classifier fitted once to labelled data."""
+    """The features that images are scored with: as asked for, or "auto":
+    a classifier fitted once to labelled data."""
     if config["kind"] == "tree" or not config["eval_samples"]:
         return "none"
     if config["metrics"] != "auto":
@@ -1056,13 +1140,15 @@ def prepare_weights(config, dataset, out, keep, guide_path):
         if reference is None:
             reference, seconds = helper_model(config, dataset, out / "reference", None, "reference")
         steps = config["dro_steps"] or config["guide_steps"]
-        proxy, more = helper_model(config, dataset, out / "proxy", keep, "proxy", dro=str(reference), steps=steps)
+        proxy, more = helper_model(config, dataset, out / "proxy", keep, "proxy", dro=str(reference),
+                                   steps=steps)
         return read_class_weights(proxy.parent / "class_weights.json", config["class_names"]), seconds + more
     if config["class_weights"] == "inverse":
         counts = class_counts(dataset, keep)
         return counts.sum() / (len(counts) * counts.clamp_min(1)), 0.0
     if config["class_weights"]:
-        weights, counts = read_class_weights(config["class_weights"], config["class_names"]), class_counts(dataset, keep)
+        weights = read_class_weights(config["class_weights"], config["class_names"])
+        counts = class_counts(dataset, keep)
         return weights * counts.sum() / (weights * counts).sum(), 0.0  # mean 1 over the examples
     return None, 0.0
 
@@ -1096,7 +1182,8 @@ def run(args):
         config["features_id"] = fid.features_id(config["metrics"]) if config["kind"] != "tree" else "tree"
         write_json(out / "config.json", config)
 
-    # Under --dro auto one small model, trained on all data, is the reference of the class weights and the guide.
+    # Under --dro auto one small model, trained on all data, is the reference of the class weights
+    # and the guide.
     on_all = config["dro"] == "auto" and config["guide"] == "auto"
     guide_path, guide_seconds = prepare_guide(config, dataset, out, None if on_all else keep)
     weights, dro_seconds = prepare_weights(config, dataset, out, keep, guide_path)
@@ -1107,8 +1194,10 @@ def run(args):
     other = prune_seconds + dro_seconds + (guide_seconds if on_all else 0)
     evaluate = None
     if config["eval_samples"] and not proxy:
-        evaluate = Evaluator(config, dataset, out, guide_path, 0 if on_all else guide_seconds, other, held_out)
-    records = fit({**config, "dro": config["dro"] if proxy else None}, dataset, out, guide_path, keep, weights, evaluate)
+        evaluate = Evaluator(config, dataset, out, guide_path, 0 if on_all else guide_seconds, other,
+                             held_out)
+    records = fit({**config, "dro": config["dro"] if proxy else None}, dataset, out, guide_path, keep,
+                  weights, evaluate)
     report(records, out, quiet)
     return out
 
@@ -1129,10 +1218,11 @@ def report(records, out, quiet):
     """Print the last evaluation, one line each for unguided and guided samples."""
     last = [r for r in records if r["kind"] == "eval" and r["step"] == records[-1]["step"]]
     for r in [] if quiet else last:
-        skip = {"kind", "step", "seconds", "select_seconds", "eval_seconds", "reference_seconds", "examples_trained",
-                "examples_seen", "guidance"}
+        skip = {"kind", "step", "seconds", "select_seconds", "eval_seconds", "reference_seconds",
+                "examples_trained", "examples_seen", "guidance"}
         words = "  ".join(f"{name} {value:.4f}" for name, value in r.items() if name not in skip)
-        print(f"step {r['step']}, {'unguided' if r['guidance'] == 1 else 'guidance %g' % r['guidance']}:  {words}")
+        guidance = "unguided" if r["guidance"] == 1 else "guidance %g" % r["guidance"]
+        print(f"step {r['step']}, {guidance}:  {words}")
     if not quiet:
         print(f"wrote {out}/: config.json, log.jsonl, checkpoint.pt" + (", samples.png" if last else ""))
 
@@ -1148,12 +1238,13 @@ def dry_run(config, dataset, out):
     print("\n".join(dataset.report))
     print(f"run     {out}: {config['steps']:,} steps of {b} examples" +
           (f", chosen from {B} by {config['selector']}" if config["selector"] != "uniform" else ""))
-    auto = config["dro"] == "auto"
+    auto, own_guide = config["dro"] == "auto", config["guide"] == "auto"
     stages = [f"coreset ({config['keep']} by {config['prune']})"] * bool(config["keep"])
-    stages += [f"guide ({config['guide_steps']:,} steps of {config['guide_batch']})"] * (config["guide"] == "auto")
+    stages += [f"guide ({config['guide_steps']:,} steps of {config['guide_batch']})"] * own_guide
     stages += [f"class weights ({config['dro_steps'] or config['guide_steps']:,} steps)"] * auto
     print(f"before  {', '.join(stages) or 'nothing'}")
-    print(f"model   {count / 1e6:.2f} M parameters, {forward_flops(config) / 1e9:.3g} GFLOP a forward pass and example")
+    print(f"model   {count / 1e6:.2f} M parameters, "
+          f"{forward_flops(config) / 1e9:.3g} GFLOP a forward pass and example")
     kept = activation_bytes(denoiser, config)
     sizes = {"data": 0 if config["kind"] == "tree" else dataset.x.nbytes, "model and gradients": 8 * count,
              "optimizer": 8 * count, "EMA": 4 * count * len(config["ema"]),
@@ -1180,6 +1271,7 @@ def activation_bytes(denoiser, config):
 
 
 def main(argv=None):
+    """Parse the flags and run; an error that its user can mend becomes one line and exit status 2."""
     args = build_parser().parse_args(argv)
     try:
         try:
@@ -1191,8 +1283,9 @@ def main(argv=None):
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except OSError as error:  # a full disk, a folder that may not be written
-        print(f"error: {error.filename or args.out or 'runs/'}: {error.strerror or error}; free some space or give another "
-              "--out; the same command goes on from the last checkpoint", file=sys.stderr)
+        print(f"error: {error.filename or args.out or 'runs/'}: {error.strerror or error}; "
+              "free some space or give another --out; the same command goes on from the last checkpoint",
+              file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:  # outside of the training loop, which saves first
         raise SystemExit(128 + signal.SIGINT) from None

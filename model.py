@@ -124,6 +124,7 @@ class Block(torch.nn.Module):
         self.proj = MPLayer(out_channels, out_channels, 1) if attention else None
 
     def forward(self, x, emb):
+        """x [N, in_channels, H, W], emb [N, emb_channels] -> [N, out_channels, H', W']."""
         x = resample(x, self.mode)
         if not self.decoder:
             x = self.skip(x) if self.skip else x
@@ -263,6 +264,7 @@ class Denoiser(torch.nn.Module):
             self.u_fourier, self.u_out = MPFourier(128), MPLayer(128, 1)
 
     def forward(self, x, sigma, labels=None):
+        """D(x; sigma), in fp32 whatever the precision of the network."""
         x = x.float()
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(len(x))
         c_skip, c_out, c_in, c_noise = (c.reshape(-1, *[1] * (x.ndim - 1))

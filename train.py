@@ -123,6 +123,7 @@ def _add_data_choices(parser):
 
 
 def build_parser():
+    """The parser of all flags; a flag that is not given takes the preset's value."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], allow_abbrev=False, usage="%(prog)s [--data DATA] [flags]",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110))

@@ -323,8 +323,7 @@ class Ranks:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Seconds of device time between `start` and `stop`; on CUDA by events, so that nothing waits until
-# `seconds` is read.
+# Seconds spent inside of `with stopwatch:`; on CUDA by events, so that nothing waits until `seconds` is read.
 
 class Stopwatch:
     def __init__(self, device, seconds=0.0):

@@ -129,6 +129,48 @@ def test_selection_never_waits_for_the_device():
                 if word in text]
 
 
+@pytest.mark.parametrize("kind, flags", [
+    ("tree", "--selector ajest"), ("image", "--selector ajest --micro-batch 8"),
+    ("image", "--selector jest --score gradient-norm --debias --label-dropout 0.1"),
+    ("image", "--selector ajest --interpolate 2 --gain 1")])
+def test_a_training_step_reads_nothing_from_the_device(monkeypatch, kind, flags):
+    """The loop's calls on the meta device, whose tensors hold no values: whatever would wait for a device raises,
+    and so does an operation on tensors of two devices."""
+    class Adam(torch.optim.Adam):  # its fused kernel exists on real devices only
+        def __init__(self, params, fused, **options):
+            super().__init__(params, **options)
+
+        def step(self):
+            pass
+    monkeypatch.setattr(torch.optim, "Adam", Adam)
+    monkeypatch.setattr(model, "accelerate", lambda function, *options: function)  # no autocast there
+    stream, meta = data.stream, torch.device("meta")  # nor random generators
+    monkeypatch.setattr(data, "stream", lambda seed, step, name, device="cpu": (
+        None if device == meta else stream(seed, step, name)))
+    images = data.Dataset(torch.zeros(64, 3, 16, 16, dtype=torch.uint8), torch.arange(64) % 4, list("abcd"))
+    args = train.build_parser().parse_args([*flags.split(), *"--channels 8 --batch 16 --device cpu".split()])
+    config = train.resolve(args, data.Tree("A") if kind == "tree" else images)
+    tree = data.Tree("A").to(meta)
+    [tree._p(name, torch.float32) for name in ("cumulative", "root", "mean")]  # to the device once
+    dataset = tree if kind == "tree" else data.Dataset(images.x.to(meta), images.labels.to(meta), list("abcd"))
+    ranks = train.Ranks(meta)
+    state = train.State(config, meta, ranks)
+    reference = model.build(train.model_config(config)).to(meta)
+    curator = train.Curator(config, state, reference, meta)
+    super_batch, batch = (train.Draw(config, dataset, n, meta, ranks) for n in (80, 16))
+    dro = train.Dro(config, reference, torch.full((4,), 16.0), meta)
+    for step in range(2):
+        (x0, noise, sigma, labels, _), weight = curator.choose(*super_batch[step], step)
+        state.learn(x0, noise, sigma, state.drop_labels(labels), weight)
+        x0, noise, sigma, labels, _ = batch[step]
+        losses = state.learn(x0, noise, sigma, labels, dro.weight(labels) if kind == "image" else None)
+        if kind == "image":
+            dro.update(losses, x0, noise, sigma, labels, ranks)
+    for name in "item", "tolist", "cpu", "nonzero":
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            getattr(losses[0], name)()
+
+
 # ------------------------------------------------------------------------------------------------------------
 # model.py
 

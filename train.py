@@ -751,7 +751,7 @@ def fit(config, dataset, out, guide_path=None, keep=None, class_weights=None, ev
 
     with Interrupt() as interrupt:
         while not finished():
-            step, weight = progress["step"], None
+            step, weight, caught = progress["step"], None, 0
             log_line = (step + 1) % config["log_every"] == 0
             if curator and curator.active(step, super_batch):
                 with watch:  # score the super-batch, keep b of its B examples with their sigma and noise
@@ -773,7 +773,8 @@ def fit(config, dataset, out, guide_path=None, keep=None, class_weights=None, ev
             if log_line:
                 progress.update(select_seconds=watch.seconds())
                 log(state, journal, curator, dro, time.monotonic() - began)
-            progress["seconds"], caught = ranks.agree(time.monotonic() - began, interrupt.caught or 0)
+            if ranks.world == 1 or log_line or step + 1 == config["steps"]:  # between them no message, no wait
+                progress["seconds"], caught = ranks.agree(time.monotonic() - began, interrupt.caught or 0)
             pause = time.monotonic()
             if evaluate and config["eval_every"] and not (step + 1) % config["eval_every"] and not finished():
                 progress["select_seconds"] = watch.seconds()

@@ -419,6 +419,38 @@ def _records(run, kind):
     return [r for r in train.read_log(Path(run) / "log.jsonl") if r["kind"] == kind]
 
 
+@pytest.mark.parametrize("bf16", [[], ["--bf16"]])
+def test_dry_run_estimates_what_a_step_keeps(bf16):
+    images = data.Dataset(torch.zeros(8, 3, 16, 16, dtype=torch.uint8), torch.arange(8), list("abcdefgh"))
+    config = train.resolve(train.build_parser().parse_args(["--device", "cpu", "--channels", "16", *bf16]), images)
+    denoiser, n = model.build(train.model_config(config)), 16
+    estimate = train.activation_bytes(denoiser, config, n)
+    objective = model.accelerate(denoiser.loss, "cpu", bool(bf16))
+    rows = torch.randn(n, 3, 16, 16), torch.randn(n, 3, 16, 16), torch.ones(n), torch.arange(n) % 8
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        loss, _ = objective(*rows)  # what the profiler sees allocated and not freed
+    assert sum(e.self_cpu_memory_usage for e in profile.events()) == pytest.approx(estimate, rel=0.05)
+
+
+def test_dry_run_writes_nothing(tmp_path, capsys):
+    train.main(["--dry-run", "--selector", "ajest", "--out", str(tmp_path / "run"), "--device", "cpu"])
+    text = capsys.readouterr().out
+    assert "816 examples, chosen from 4080 by ajest" in text and "guide (1,024 steps of 4096)" in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_peak_memory_takes_real_steps(monkeypatch):
+    """On CUDA --dry-run measures; here its calls, with the two questions to the allocator answered by hand."""
+    taken = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: taken.append(0))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 10 ** 9 * taken[0])
+    monkeypatch.setattr(train.State, "learn", lambda self, x0, *rest, learn=train.State.learn: (
+        taken.__setitem__(0, taken[0] + 1), learn(self, x0, *rest)))
+    for flags in [], ["--selector", "ajest"], ["--selector", "jest", "--debias"]:
+        taken.clear()
+        assert train.peak_memory(_tree_config(*flags), data.Tree("A")) == 2 * 10 ** 9
+
+
 def _images(path, n=60, size=16, classes=3, seed=0):
     """A labelled set of smooth random images, each class of its own colour."""
     generator = torch.Generator().manual_seed(seed)

@@ -1246,29 +1246,52 @@ def dry_run(config, dataset, out):
     print(f"before  {', '.join(stages) or 'nothing'}")
     print(f"model   {count / 1e6:.2f} M parameters, "
           f"{forward_flops(config) / 1e9:.3g} GFLOP a forward pass and example")
-    kept = activation_bytes(denoiser, config)
     sizes = {"data": 0 if config["kind"] == "tree" else dataset.x.nbytes, "model and gradients": 8 * count,
-             "optimizer": 8 * count, "EMA": 4 * count * len(config["ema"]),
-             "activations": kept * (config["micro_batch"] or b)}
+             "optimizer": 8 * count, "EMA": 4 * count * len(config["ema"])}
+    cuda = torch.device(config["device"]).type == "cuda"
+    sizes["activations"] = (peak_memory(config, dataset) - sum(sizes.values()) if cuda else
+                            activation_bytes(denoiser, config, config["micro_batch"] or b))
     words = ", ".join(f"{name} {size / 2 ** 20:,.0f}" for name, size in sizes.items())
-    print(f"memory  about {sum(sizes.values()) / 2 ** 20:,.0f} MiB: {words} (before the compiler's savings)")
+    how = "at the peak of one step, measured" if cuda else "about, without compilation"
+    print(f"memory  {sum(sizes.values()) / 2 ** 20:,.0f} MiB {how}: {words}")
 
 
-def activation_bytes(denoiser, config):
-    """Bytes that one example's forward pass keeps for the backward pass, without compilation."""
-    kept, own = {}, {p.data_ptr() for p in denoiser.parameters()}
+def peak_memory(config, dataset):
+    """Bytes allocated at the peak of one step on CUDA, data included: it is taken, as `fit` takes it, by an
+    untrained model (compiled, so that the run itself finds its graphs in the compiler's cache)."""
+    device = torch.device(config["device"])
+    ranks = Ranks(device)
+    state = State(config, device, ranks)
+    torch.cuda.reset_peak_memory_stats(device)
+    if config["selector"] != "uniform":
+        guide_config = model_config({**config, "channels": config["guide_channels"]})
+        curator = Curator(config, state, model.build(guide_config).eval().requires_grad_(False).to(device), device)
+        rows, weight = curator.choose(*Draw(config, dataset, super_batch_size(config), device, ranks)[0], 0)
+    else:
+        rows, weight = Draw(config, dataset, config["batch"], device, ranks)[0], None
+    for _ in range(2):  # the optimizer's state is there from the second on
+        state.learn(*rows[:4], weight)
+    return torch.cuda.max_memory_allocated(device)
 
-    def note(tensor):
-        if tensor.data_ptr() not in own:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
 
-    x = torch.randn(2, *config["shape"])
-    labels = torch.zeros(2, dtype=torch.long)
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        run = model.accelerate(denoiser.loss, "cpu", config["bf16"])
-        loss, _ = run(x, torch.randn_like(x), torch.ones(2), labels)
-    return sum(kept.values()) / len(loss)
+def activation_bytes(denoiser, config, n):
+    """Bytes that the forward pass of n examples keeps for the backward pass, without compilation: those of the
+    normalized weights and those of each example, told apart by batches of two and of four."""
+    def kept_by(batch):
+        kept, own = {}, {p.data_ptr() for p in denoiser.parameters()}
+
+        def note(tensor):
+            if tensor.data_ptr() not in own:
+                kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        x, labels = torch.randn(batch, *config["shape"]), torch.zeros(batch, dtype=torch.long)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss, _ = model.accelerate(denoiser.loss, "cpu", config["bf16"])(x, x, torch.ones(batch), labels)
+        return sum(kept.values())
+
+    two, four = kept_by(2), kept_by(4)
+    return two + (four - two) // 2 * (n - 2)
 
 
 def main(argv=None):
@@ -1282,6 +1305,10 @@ def main(argv=None):
         run(args)
     except (data.DataError, model.CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except torch.cuda.OutOfMemoryError:
+        print(f"error: --device {args.device} has too little memory for this run: give a --micro-batch, a smaller "
+              "--batch, or a higher --filter; the same command goes on from the last checkpoint", file=sys.stderr)
         raise SystemExit(2) from None
     except OSError as error:  # a full disk, a folder that may not be written
         print(f"error: {error.filename or args.out or 'runs/'}: {error.strerror or error}; "

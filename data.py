@@ -1,5 +1,4 @@
-"""
-Data: the 2-D tree, image folders and archives, CIFAR-10, latents; batches that are a function of
+"""Data: the 2-D tree, image folders and archives, CIFAR-10, latents; batches that are a function of
 (seed, step); coreset pruning, and class weights by distributionally robust optimization.
 
 Pruning then reweighting: https://arxiv.org/abs/2409.19128. The tree: https://arxiv.org/abs/2406.02507.
@@ -39,14 +38,18 @@ CIFAR_BATCHES = [f"data_batch_{i}{suffix}" for suffix in ("", ".bin") for i in r
 CIFAR_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck"
 NUMPY_MULTIARRAY = ("numpy.core.multiarray", "numpy._core.multiarray")
 
+
 # ------------------------------------------------------------------------------------------------------------
 # What every loader raises for bad input: one line that names the file or flag, says why and what to do.
+
 class DataError(ValueError):
     def __init__(self, message):
         super().__init__("".join(c if c.isprintable() else " " for c in str(message)))
 
+
 # ------------------------------------------------------------------------------------------------------------
 # The one line of long work: rewritten in place on a terminal, else a line every ten seconds and the last.
+
 def progress(text, last=False, shown=[-math.inf]):
     """Show `text` on stderr, at most twice a second; `last` ends the line."""
     now, terminal = time.monotonic(), sys.stderr.isatty()
@@ -55,18 +58,22 @@ def progress(text, last=False, shown=[-math.inf]):
         print(text.ljust(100) if terminal else text, end="\r" if terminal and not last else "\n",
               file=sys.stderr, flush=True)
 
+
 # ------------------------------------------------------------------------------------------------------------
 # A random generator for one purpose at one step. Everything random is a function of (seed, step, name), so
 # that resuming replays nothing and two runs with one seed see the same data and noise.
+
 def stream(seed, step, name, device="cpu"):
     """torch.Generator on `device`, seeded by a hash of (seed, step, name); name is e.g. "data" or "noise"."""
     digest = hashlib.blake2b(f"{seed}/{step}/{name}".encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little"))
 
+
 # ------------------------------------------------------------------------------------------------------------
 # The 2-D toy density of the autoguidance paper: a tree of branches, eight Gaussians along each, drawn by a
 # recursion on one random stream. Being a Gaussian mixture, it has an exact density, score and denoiser at
 # every noise level, so that what a model learns can be compared with what it should have learned.
+
 class Tree:
     """Mixture of 1,016 Gaussians a class in the plane; classes = "A", "B" or "AB"."""
     kind, shape, classes, class_names = "tree", (2,), 0, ()
@@ -160,9 +167,11 @@ class Tree:
         sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
         return x + sigma.reshape(-1, 1) ** 2 * self.score(x, sigma)
 
+
 # ------------------------------------------------------------------------------------------------------------
 # One branch of the tree and all that grows from it: eight Gaussians along a line, then two child branches,
 # each to its end. The order of the random draws is part of the definition.
+
 def _grow(random, position, angle, depth=0):
     scale = np.array([1.3136, 1.3844])
     u = np.array([np.cos(angle), np.sin(angle)])
@@ -177,8 +186,10 @@ def _grow(random, position, angle, depth=0):
             branches += _grow(random, position + u * length, child, depth + 1)
     return branches
 
+
 # ------------------------------------------------------------------------------------------------------------
 # A set of images or latents: one array, on the training device where it fits. A batch of it is an index.
+
 @dataclass
 class Dataset:
     x: torch.Tensor                             # uint8 images or float latents [N, C, H, W]
@@ -222,16 +233,20 @@ class Dataset:
             self.labels = None if self.labels is None else self.labels.to(device)
         return self
 
+
 # ------------------------------------------------------------------------------------------------------------
 # The way back from the network: `Dataset.scale` inverted.
+
 def pixels(x):
     """float [n, C, H, W] in [-1, 1] -> uint8, rounded and clipped."""
     return (x.to(torch.float32) * 127.5 + 127.5).round().clip(0, 255).to(torch.uint8)
+
 
 def unscale(x, mean, std):
     """Latents of standard deviation 0.5 [n, C, H, W] -> float32 in their own scale; mean and std [C]."""
     mean, std = [torch.as_tensor(s, device=x.device).to(torch.float32).reshape(-1, 1, 1) for s in (mean, std)]
     return x.to(torch.float32) * 2 * std + mean
+
 
 def decode(x, config):
     """What a denoiser of this config samples -> uint8 images, latents in their own scale, or points."""
@@ -239,10 +254,12 @@ def decode(x, config):
         return unscale(x, config["latent_mean"], config["latent_std"])
     return pixels(x) if config["kind"] == "image" else x
 
+
 # ------------------------------------------------------------------------------------------------------------
 # Batches by number: batches[step] depends on (seed, step) alone. Examples are drawn uniformly with
 # replacement from the kept ones or, with class weights, each class in proportion to weight x frequency.
 # Flips are labelled (they do not leak into samples): a mirrored image of class c has label c + classes.
+
 class Batches:
     def __init__(self,
         dataset,                # Dataset or Tree, moved to its device beforehand
@@ -327,9 +344,11 @@ class Batches:
             labels = mirrored if labels is None else labels + mirrored * self.dataset.classes
         return x0, labels, index
 
+
 # ------------------------------------------------------------------------------------------------------------
 # Loading. Whatever the source, it becomes one array in the cache folder ($DATA_CACHE, else
 # ~/.cache/data-curation), which later runs map into memory; the array's hash is checked every time.
+
 def load(path, size=None, progress=True, cache=None):
     """The images or latents at `path` as a Dataset.
 
@@ -361,8 +380,10 @@ def load(path, size=None, progress=True, cache=None):
     except Exception as error:                                  # a damaged file may raise anything
         raise DataError(f"{path}: cannot be read ({_reason(error)})") from error
 
+
 # ------------------------------------------------------------------------------------------------------------
 # What a reader gives: its blocks [n, ...] in order are the examples. `report` may grow while they are read.
+
 @dataclass
 class Source:
     count: int
@@ -372,6 +393,7 @@ class Source:
     class_names: list = field(default_factory=list)
     moments: list = None                # stored [mean [C], std [C]] of latents
     report: list = field(default_factory=list)
+
 
 def _open(path, files, size):
     """Chooses the reader by what the path is."""
@@ -391,14 +413,17 @@ def _open(path, files, size):
     raise DataError(f"{path}: not a data set of a known kind (a folder or .zip of images, CIFAR-10 as "
                     ".tar.gz or unpacked, .npz with images or latents)")
 
+
 def _reason(error):
     """An exception as part of one line."""
     kind = "" if isinstance(error, DataError) else f"{type(error).__name__}: "
     return " ".join(f"{kind}{error}".split())[:200]
 
+
 # ------------------------------------------------------------------------------------------------------------
 # Files in a folder and in a zip: (name, read function, size). An archive is read in place, never unpacked;
 # one with a link or with a path that leads out of it was not made for this and is refused.
+
 def _listing(path):
     """[(relative name with slashes, stat)] of all files below a folder, sorted; follows links once."""
     files, seen = [], set()
@@ -412,6 +437,7 @@ def _listing(path):
         seen.add(real)
     return sorted(files)
 
+
 def _zip_members(path):
     archive, members = zipfile.ZipFile(path), []
     for info in archive.infolist():
@@ -423,6 +449,7 @@ def _zip_members(path):
         if not info.is_dir():
             members.append((name, functools.partial(archive.read, info), info.file_size))
     return sorted(members, key=lambda member: member[0])
+
 
 def _tar_members(path):
     """The CIFAR-10 batches in a tar archive, as (name, read function)."""
@@ -441,9 +468,11 @@ def _tar_members(path):
                         "unpack others first")
     return [found[name] for name in CIFAR_BATCHES if name in found]
 
+
 # ------------------------------------------------------------------------------------------------------------
 # Images in folders. A single folder on top is entered; of train, val, test the train one is; the next level
 # is the class, and the images may lie any depth below it. Images without a folder are unlabelled.
+
 def _layout(path, names):
     """names -> {name: class or None} of the images to use, and the number that lie in val or test."""
     parts, total = {name: name.split("/") for name in names}, len(names)
@@ -459,6 +488,7 @@ def _layout(path, names):
         raise DataError(f"{path}: images lie both beside and inside of class folders; "
                         "move all of them into class folders, or all of them out")
     return {name: part[0] if len(part) > 1 else None for name, part in parts.items()}, total - len(parts)
+
 
 def _images(path, members, size):
     """Source of the images among members [(name, read, bytes)]."""
@@ -481,6 +511,7 @@ def _images(path, members, size):
     blocks = _decode(path, [(name, *images[name]) for name in order], size, report)
     return Source(len(order), blocks, labels=labels, class_names=class_names, report=report)
 
+
 def _decode(path, members, size, report):
     """Yields uint8 blocks [n, 3, H, W], decoded by threads (Pillow lets go of Python's lock)."""
     sizes, gray, first = collections.Counter(), 0, None
@@ -501,6 +532,7 @@ def _decode(path, members, size, report):
     report.append(f"{len(sizes)} sizes seen (width x height): {most}" + (", ..." if len(sizes) > 5 else ""))
     report += [f"{gray:,} grayscale or palette images converted to RGB"] if gray else []
 
+
 def _decode_one(path, name, read, length, size):
     """One image: (uint8 [3, H, W], (width, height) as found, whether it was grayscale or palette)."""
     if length > MAX_FILE:
@@ -519,6 +551,7 @@ def _decode_one(path, name, read, length, size):
     except Exception as error:                                  # Pillow's readers raise many kinds
         raise DataError(f"{path}: {name} is not a readable image ({_reason(error)}); remove it") from error
 
+
 def _resize(image, size):
     """Center-crops a Pillow RGB image to a square of `size` pixels: uint8 [3, H, W]."""
     if size is not None and image.size != (size, size):
@@ -527,21 +560,25 @@ def _resize(image, size):
         image = image.crop((left, top, left + side, top + side)).resize((size, size), Image.LANCZOS)
     return np.asarray(image).transpose(2, 0, 1)
 
+
 def _resize_block(block, size):
     """uint8 [n, 3, H, W] -> the same, cropped and resized."""
     if size is None or block.shape[2:] == (size, size):
         return block
     return np.stack([_resize(Image.fromarray(x), size) for x in block.transpose(0, 2, 3, 1)])
 
+
 # ------------------------------------------------------------------------------------------------------------
 # CIFAR-10's training batches. The python version is a pickle, and a pickle can run code: the unpickler below
 # knows three names, all of which only record what they are given.
+
 class _Recorded:
     def __init__(self, *args):
         self.args = args
 
     def __setstate__(self, state):
         self.state = state
+
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module, name):
@@ -554,6 +591,7 @@ class _Unpickler(pickle.Unpickler):
             raise DataError(f"refused, it wants to run {module}.{name}")
         return known[module, name]
 
+
 def _cifar_python(data):
     """One pickled batch -> (bytes of the images, list of labels)."""
     batch = _Unpickler(io.BytesIO(data), encoding="bytes").load()
@@ -563,12 +601,14 @@ def _cifar_python(data):
         raise DataError("images are not bytes [n, 3072]")
     return raw, batch["labels"]
 
+
 def _cifar_binary(data):
     """One binary batch: a label byte and 3,072 pixel bytes an image."""
     if len(data) % 3073:
         raise DataError(f"{len(data):,} bytes are not a multiple of 3,073")
     rows = np.frombuffer(data, np.uint8).reshape(-1, 3073)
     return rows[:, 1:].tobytes(), rows[:, 0].tolist()
+
 
 def _cifar(path, members, size):
     """Source of CIFAR-10 from members [(name, read)]."""
@@ -590,8 +630,10 @@ def _cifar(path, members, size):
     return Source(len(labels), blocks, labels=np.array(labels), class_names=CIFAR_CLASSES.split(),
                   report=[f"CIFAR-10, {len(members)} of 5 training batches"])
 
+
 # ------------------------------------------------------------------------------------------------------------
 # .npz files: the header of every array is held against the length of its data before anything is read.
+
 def _npy_header(file, length, where):
     """Shape, Fortran order and dtype of an open .npy file of `length` bytes."""
     read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
@@ -601,6 +643,7 @@ def _npy_header(file, length, where):
     if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != length - file.tell():
         raise DataError(f"{where}: says {dtype} {list(shape)} but has {length - file.tell():,} bytes")
     return shape, fortran, dtype
+
 
 def _npz_array(path, name, block_bytes=2 ** 26):
     """Array `name` of an .npz: (shape, dtype, iterator of blocks of rows)."""
@@ -615,6 +658,7 @@ def _npz_array(path, name, block_bytes=2 ** 26):
             block = np.frombuffer(file.read(min(rows, n - start) * row), dtype)
             yield block.reshape(shape[::-1]).T if fortran else block.reshape(-1, *shape[1:])
     return shape, dtype, blocks()
+
 
 def _npz(path, size):
     """Source of an .npz with `images` or `latents`."""
@@ -644,6 +688,7 @@ def _npz(path, size):
             raise DataError(f"{path}: `mean` and `std` must be finite, std above 0")
     return Source(shape[0], (_finite(path, block) for block in blocks), kind, labels, classes, moments)
 
+
 def _npz_vector(path, name, length, kinds):
     shape, dtype, blocks = _npz_array(path, name)
     if dtype.kind not in kinds or shape != (length,):
@@ -651,13 +696,16 @@ def _npz_vector(path, name, length, kinds):
         raise DataError(f"{path}: `{name}` is {dtype} {list(shape)}, wanted {wanted} [{length}]")
     return np.concatenate(list(blocks))
 
+
 def _finite(path, latents):
     if not np.isfinite(latents).all():
         raise DataError(f"{path}: `latents` holds NaN or infinite values; encode the images again")
     return latents.astype(np.float16 if latents.dtype.itemsize == 2 else np.float32)
 
+
 # ------------------------------------------------------------------------------------------------------------
 # The cache: a folder a data set, made under a temporary name and renamed when it is complete.
+
 def _build(source, cache, target, path):
     """Writes a source into the cache and returns the Dataset; `path` names it on the progress line."""
     try:
@@ -683,6 +731,7 @@ def _build(source, cache, target, path):
         raise DataError(f"{target}: the cache reads back wrong; check the disk or set DATA_CACHE")
     return found
 
+
 def _write(source, file_name, cache, path):
     """Writes x.npy block by block; returns the per-channel [mean, std] of latents."""
     done, began, total, square = 0, time.monotonic(), 0, 0
@@ -706,6 +755,7 @@ def _write(source, file_name, cache, path):
         mean = total / (done * block[0, 0].size)
         return mean, np.sqrt(np.maximum(square / (done * block[0, 0].size) - mean ** 2, 1e-12))
 
+
 def _fingerprint(folder, meta):
     """Hash of the content: array, labels, class names, and the moments of latents."""
     digest = hashlib.sha256(json.dumps([meta[name] for name in ("kind", "class_names", "moments")]).encode())
@@ -714,6 +764,7 @@ def _fingerprint(folder, meta):
             while part := file.read(2 ** 20):
                 digest.update(part)
     return digest.hexdigest()
+
 
 def _read_cache(folder):
     """The Dataset in a cache folder; None if there is none or it is damaged."""
@@ -734,8 +785,10 @@ def _read_cache(folder):
                    *([torch.tensor(m) for m in meta["moments"]] or [None, None]),
                    meta["fingerprint"], report + meta["report"])
 
+
 # ------------------------------------------------------------------------------------------------------------
 # A long-tailed subset: with K classes, class c keeps n_max R^(-c / (K - 1)) examples, R = head over tail.
+
 def long_tail(labels, ratio, seed=0):
     """Sorted indices (LongTensor) of such a subset of labels [N], random within a class; ratio R >= 1."""
     if not 1 <= ratio < math.inf:
@@ -748,16 +801,19 @@ def long_tail(labels, ratio, seed=0):
         kept.append(members[torch.randperm(len(members), generator=stream(seed, c, "long tail"))[:n]])
     return torch.cat(kept).sort().values
 
+
 # ------------------------------------------------------------------------------------------------------------
 # Coreset pruning: a score within each class, and the best fraction of each class is kept.
 #   gaussian    log-density under the class's Gaussian (instance selection, https://arxiv.org/abs/2007.15255)
 #   knn         minus the distance to the k-th nearest neighbour of the class
 #   moderate    closeness of the distance from the class's median feature to the median of these distances
 #   random      a random number
+
 def prune(features, labels, keep, score="gaussian", k=5, seed=0):
     """Sorted kept indices (LongTensor) of features [N, d] with labels [N] (None: one class). `keep` in (0, 1]
     is the kept fraction; class counts are exact by largest remainder, but at least one a class."""
     return prune_by(prune_scores(features, labels, score, k, seed), labels, keep)
+
 
 def prune_by(scores, labels, keep):
     """As `prune`, for scores [N] at hand; equal scores are kept in the order of their indices."""
@@ -767,6 +823,7 @@ def prune_by(scores, labels, keep):
     for members, n in zip(groups, _quotas([len(members) for members in groups], keep)):
         kept.append(members[torch.sort(scores[members], descending=True, stable=True).indices[:n]])
     return torch.cat(kept).sort().values
+
 
 def prune_scores(features, labels, score="gaussian", k=5, seed=0):
     """The score of every example, float32 [N], higher = kept first; comparable within a class only."""
@@ -785,11 +842,13 @@ def prune_scores(features, labels, score="gaussian", k=5, seed=0):
         scores[members] = PRUNE_SCORES[score](x - x.mean(0), k).to(torch.float32).cpu()
     return scores
 
+
 def _classes(labels, n):
     """The indices of each class that has examples, sorted."""
     labels = torch.zeros(n, dtype=torch.int64) if labels is None else torch.as_tensor(labels).cpu()
     order = torch.argsort(labels, stable=True)
     return torch.split(order, [count for count in torch.bincount(labels).tolist() if count])
+
 
 def _quotas(counts, keep):
     """Kept examples a class: largest remainder, the total round(keep N), every class at least one."""
@@ -802,9 +861,11 @@ def _quotas(counts, keep):
         quota[np.argmin(np.where(quota > 1, exact - quota, np.inf))] -= 1
     return quota.astype(int).tolist()
 
+
 # ------------------------------------------------------------------------------------------------------------
 # The scores, for the centered features x [n, d] of one class. The Gaussian's covariance is shrunk towards
 # a multiple of the identity by OAS (https://arxiv.org/abs/0907.4698), which keeps it invertible for n < d.
+
 def _score_gaussian(x, k):
     n, d = x.shape
     S = sum(part.T @ part for part in (chunk.double() for chunk in x.split(4096))) / n  # [d, d]
@@ -819,6 +880,7 @@ def _score_gaussian(x, k):
             for part in x.split(4096)]
     return -0.5 * (torch.cat(quad) + d * math.log(2 * math.pi)) - L.diagonal().log().sum()
 
+
 def _score_knn(x, k):
     n, square = len(x), x.square().sum(1)                                               # [n]
     if n == 1:
@@ -831,14 +893,18 @@ def _score_knn(x, k):
         scores.append(-distance2.topk(min(k, n - 1), largest=False).values[:, -1].clamp(min=0).sqrt())
     return torch.cat(scores)
 
+
 def _score_moderate(x, k):
     distance = (x - x.median(0).values).norm(dim=1)
     return -(distance - distance.median()).abs()
 
+
 PRUNE_SCORES = dict(gaussian=_score_gaussian, knn=_score_knn, moderate=_score_moderate, random=None)
+
 
 # ------------------------------------------------------------------------------------------------------------
 # Features that need no network: principal components of the images averaged down to 8x8.
+
 def pixel_features(dataset, dims=64):
     """float32 [N, min(dims, 64 C)] of a Dataset of images or latents, on the CPU."""
     small = [torch.nn.functional.adaptive_avg_pool2d(dataset.take(index), 8).flatten(1).cpu()
@@ -849,10 +915,12 @@ def pixel_features(dataset, dims=64):
     axes = torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, :dims]                 # largest first
     return x @ axes.to(x.dtype)
 
+
 # ------------------------------------------------------------------------------------------------------------
 # Class weights by group DRO, DoReMi's update (https://arxiv.org/abs/2305.10429): with e_c the mean over class
 # c of max(loss(proxy) - loss(reference), 0),  alpha_c <- alpha_c exp(eta e_c), normalized, and mixed with the
 # uniform weights.
+
 def dro_update(log_weights, excess, labels, eta, smoothing=1e-3):
     """One step: log_weights [K], excess losses [B], labels int64 [B] -> log_weights [K], whose exp sums to 1.
     A class without examples in the batch has e_c = 0, and so counts an excess that is not finite."""
@@ -866,13 +934,16 @@ def dro_update(log_weights, excess, labels, eta, smoothing=1e-3):
     uniform = torch.full_like(log_alpha, math.log(smoothing) - math.log(K))
     return torch.logaddexp(log_alpha + math.log1p(-smoothing), uniform)
 
+
 # ------------------------------------------------------------------------------------------------------------
 # Files of kept indices and of features.
+
 def save_keep(path, index):
     """Writes kept indices as int64 .npy, complete or not at all."""
     with open(f"{path}.unfinished", "wb") as file:
         np.save(file, np.asarray(index, dtype=np.int64))
     os.replace(f"{path}.unfinished", path)
+
 
 def load_keep(path, n):
     """Kept indices (sorted LongTensor) from a .npy file, for a data set of n examples."""
@@ -884,6 +955,7 @@ def load_keep(path, n):
         raise DataError(f"{path}: keeps {index[0]} to {index[-1]} of 0 to {n - 1}: made for other data")
     return torch.from_numpy(index.astype(np.int64))
 
+
 def load_features(path, n):
     """float32 [n, d] from a .npy file, for a data set of n examples."""
     features = _load_npy(path)
@@ -893,6 +965,7 @@ def load_features(path, n):
     if not features.isfinite().all():
         raise DataError(f"{path}: holds NaN, or values that float32 cannot hold; compute the features again")
     return features
+
 
 def _load_npy(path):
     try:
@@ -905,8 +978,10 @@ def _load_npy(path):
     except Exception as error:
         raise DataError(f"{path}: not a readable .npy file ({_reason(error)})") from error
 
+
 # ------------------------------------------------------------------------------------------------------------
 # Pictures: a grid, and what a pruning score means.
+
 def image_grid(images, columns, side=None):
     """Pillow image of uint8 [n, 3, H, W], row by row, each drawn `side` pixels wide (None: as it is)."""
     images = [Image.fromarray(x.permute(1, 2, 0).contiguous().numpy()) for x in images.cpu()]
@@ -916,6 +991,7 @@ def image_grid(images, columns, side=None):
         grid.paste(image.resize((w, h), Image.BICUBIC), (i % columns * w, i // columns * h))
     return grid
 
+
 def density_picture(points, size=400, side=3.0):
     """Pillow image of points [n, 2] in a square of this side: log-density from -4 (white) to 3 (black)."""
     rows, columns = ((-points[:, 1] / side + 0.5) * size).long(), ((points[:, 0] / side + 0.5) * size).long()
@@ -923,9 +999,11 @@ def density_picture(points, size=400, side=3.0):
     counts = torch.bincount((rows * size + columns)[inside], minlength=size * size)
     return log_density_picture((counts * (size / side) ** 2 / len(points)).log().reshape(size, size))
 
+
 def log_density_picture(logp):
     """Pillow image of a log-density [size, size], from -4 (white) to 3 (black)."""
     return Image.fromarray((255 - ((logp + 4) / 7).clamp(0, 1) * 255).to(torch.uint8).numpy())
+
 
 def coreset_picture(dataset, scores, keep, columns=8, side=48):
     """Pillow image: of each of the first ten classes the best-kept, last-kept and first-dropped images."""
@@ -944,11 +1022,14 @@ def coreset_picture(dataset, scores, keep, columns=8, side=48):
                 canvas.paste(image_grid(images, columns, side), (left + i * part, y))
     return canvas
 
+
 def _class_name(dataset, members):
     return dataset.class_names[dataset.labels[members[0]]] if dataset.classes else "all"
 
+
 # ------------------------------------------------------------------------------------------------------------
 # Command line: what a data set holds, and pruning without training.
+
 def parser():
     p = argparse.ArgumentParser(description="Report what a data set holds; prune it to a coreset.")
     p.add_argument("data", metavar="DATA", help="folder, .zip, .tar.gz (CIFAR-10) or .npz")
@@ -963,6 +1044,7 @@ def parser():
     p.add_argument("--show", metavar="FILE.png", help="picture of best-kept, last-kept, first-dropped images")
     p.add_argument("--seed", type=int, default=0, help="of --prune random (default: 0)")
     return p
+
 
 def run(args):
     """Carry out the command: print the report and, with --keep, write the kept indices and the picture."""
@@ -994,6 +1076,7 @@ def run(args):
         except (OSError, ValueError) as error:
             raise DataError(f"{path}: cannot be written ({_reason(error)})") from error
 
+
 def main(argv=None):
     """The command line; exits with status 2 and one line on stderr for a DataError."""
     args = parser().parse_args(argv)
@@ -1002,6 +1085,7 @@ def main(argv=None):
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
 
 if __name__ == "__main__":
     main()

@@ -306,10 +306,11 @@ def accelerate(function, device, bf16=False, compiled=False):
     def run(*args):
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
             return function(*args)
-    if not compiled:
-        return run
-    run = types.FunctionType(run.__code__.replace(), globals(), "run", closure=run.__closure__)
-    return torch.compile(run, fullgraph=True, dynamic=False)
+    if compiled:
+        run = types.FunctionType(run.__code__.replace(), globals(), "run", closure=run.__closure__)
+        run = torch.compile(run, fullgraph=True, dynamic=False)
+    run.shape = getattr(function, "shape", None)  # of what a denoiser denoises
+    return run
 
 
 # ------------------------------------------------------------------------------------------------------------

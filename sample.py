@@ -96,20 +96,18 @@ def load(args):
     w = args.guidance if args.guidance is not None else main.config["guidance"] if other else 1.0
     if w != 1 and other is None:
         raise data.DataError(f"--guidance {w:g} needs --guide: there is none in {run}")
-    denoiser = main
+    cuda = torch.device(args.device).type == "cuda"
+    how = args.device, *(cuda if flag is None else flag for flag in (args.bf16, args.compile))
+    denoiser = model.accelerate(main, *how)
     if w != 1:
         weak = guide.Unlabelled(main) if other == "self" else model.load_denoiser(other, device=args.device)
         try:
-            denoiser = guide.Autoguided(main, weak, w, args.interval)
+            denoiser = guide.Autoguided(denoiser, model.accelerate(weak, *how), w, args.interval)
         except ValueError as error:
             raise data.DataError(f"--guide {other}: {error}") from None
         if getattr(weak, "classes", main.classes) != main.classes:
             raise data.DataError(f"--guide {other}: has {weak.classes} labels, the main model {main.classes}")
-    cuda = torch.device(args.device).type == "cuda"
-    compiled = (cuda if args.compile is None else args.compile) and args.interval is None
-    run_it = model.accelerate(denoiser, args.device, cuda if args.bf16 is None else args.bf16, compiled)
-    run_it.shape = main.shape
-    return run_it, main.config
+    return denoiser, main.config
 
 
 def labels_of(args, config):

@@ -134,8 +134,8 @@ def test_selection_never_waits_for_the_device():
     ("image", "--selector jest --score gradient-norm --debias --label-dropout 0.1"),
     ("image", "--selector ajest --interpolate 2 --gain 1")])
 def test_a_training_step_reads_nothing_from_the_device(monkeypatch, kind, flags):
-    """The loop's calls on the meta device, whose tensors hold no values: whatever would wait for a device raises,
-    and so does an operation on tensors of two devices."""
+    """The loop's calls on the meta device, whose tensors hold no values: whatever would wait for a device
+    raises, and so does an operation on tensors of two devices."""
     class Adam(torch.optim.Adam):  # its fused kernel exists on real devices only
         def __init__(self, params, fused, **options):
             super().__init__(params, **options)
@@ -152,7 +152,8 @@ def test_a_training_step_reads_nothing_from_the_device(monkeypatch, kind, flags)
     config = train.resolve(args, data.Tree("A") if kind == "tree" else images)
     tree = data.Tree("A").to(meta)
     [tree._p(name, torch.float32) for name in ("cumulative", "root", "mean")]  # to the device once
-    dataset = tree if kind == "tree" else data.Dataset(images.x.to(meta), images.labels.to(meta), list("abcd"))
+    images.x, images.labels = images.x.to(meta), images.labels.to(meta)
+    dataset = tree if kind == "tree" else images
     ranks = train.Ranks(meta)
     state = train.State(config, meta, ranks)
     reference = model.build(train.model_config(config)).to(meta)
@@ -422,12 +423,13 @@ def _records(run, kind):
 @pytest.mark.parametrize("bf16", [[], ["--bf16"]])
 def test_dry_run_estimates_what_a_step_keeps(bf16):
     images = data.Dataset(torch.zeros(8, 3, 16, 16, dtype=torch.uint8), torch.arange(8), list("abcdefgh"))
-    config = train.resolve(train.build_parser().parse_args(["--device", "cpu", "--channels", "16", *bf16]), images)
+    args = train.build_parser().parse_args(["--device", "cpu", "--channels", "16", *bf16])
+    config = train.resolve(args, images)
     denoiser, n = model.build(train.model_config(config)), 16
     estimate = train.activation_bytes(denoiser, config, n)
     objective = model.accelerate(denoiser.loss, "cpu", bool(bf16))
     rows = torch.randn(n, 3, 16, 16), torch.randn(n, 3, 16, 16), torch.ones(n), torch.arange(n) % 8
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(profile_memory=True) as profile:
         loss, _ = objective(*rows)  # what the profiler sees allocated and not freed
     assert sum(e.self_cpu_memory_usage for e in profile.events()) == pytest.approx(estimate, rel=0.05)
 
@@ -440,7 +442,7 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
 
 
 def test_peak_memory_takes_real_steps(monkeypatch):
-    """On CUDA --dry-run measures; here its calls, with the two questions to the allocator answered by hand."""
+    """On CUDA --dry-run measures; here its calls, with both questions to the allocator answered by hand."""
     taken = []
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: taken.append(0))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 10 ** 9 * taken[0])

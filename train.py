@@ -326,8 +326,8 @@ class Ranks:
 # Seconds spent inside of `with stopwatch:`; on CUDA by events, so that nothing waits until `seconds` is read.
 
 class Stopwatch:
-    def __init__(self, device, seconds=0.0):
-        self.cuda, self.total, self.pending = device.type == "cuda", seconds, []
+    def __init__(self, device):
+        self.cuda, self.total, self.pending = device.type == "cuda", 0.0, []
 
     def mark(self):
         if not self.cuda:
@@ -369,6 +369,7 @@ class State:
         self.objective = model.accelerate(self._objective, device, config["bf16"], config["compile"])
         self.progress = dict(step=0, seconds=0.0, select_seconds=0.0, eval_seconds=0.0, examples_trained=0,
                              examples_seen=0, selecting=not config["once_better"])
+        self.watch = Stopwatch(device)
         self.flops_per_example = 3 * forward_flops(config) if config["kind"] != "tree" else 0
         # The loss sum and the steps since the log line; the steps skipped, and those in a row.
         self.tally = torch.zeros(4, device=device)
@@ -423,9 +424,14 @@ class State:
         self.tally[3] *= skip
         return losses
 
+    def count(self):
+        """The progress so far, with the seconds of selection; waits for the device."""
+        self.progress["select_seconds"] = self.watch.seconds()
+        return self.progress
+
     def checkpoint(self):
         return dict(kind="run", config=self.config, model_config=model_config(self.config),
-                    progress=self.progress, model=self.denoiser.state_dict(), ema=self.ema.state_dict(),
+                    progress=self.count(), model=self.denoiser.state_dict(), ema=self.ema.state_dict(),
                     optimizer=self.optimizer.state_dict(), tally=self.tally, previous=self.previous)
 
     def restore(self, checkpoint, path, dro=None):
@@ -436,6 +442,7 @@ class State:
             groups = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict(dict(state=checkpoint["optimizer"]["state"], param_groups=groups))
             self.progress.update({k: type(v)(checkpoint["progress"][k]) for k, v in self.progress.items()})
+            self.watch.total = self.progress["select_seconds"]
             self.tally.copy_(checkpoint["tally"])
             self.previous = checkpoint.get("previous")
             if dro:
@@ -725,9 +732,9 @@ def fit(config, dataset, out, guide_path=None, keep=None, class_weights=None, ev
     """Train the model that `config` describes into the folder `out`, or go on where its checkpoint stands.
     keep: sorted indices to train on, None = all. class_weights: [classes] or None.
     evaluate(state, show) -> records is called every `eval_every` steps and at the end. Returns the log."""
-    device = torch.device(config["device"])
-    ranks, path = Ranks(device), out / "checkpoint.pt"
-    state, dro = State(config, device, ranks), None
+    device, path, dro = torch.device(config["device"]), out / "checkpoint.pt", None
+    ranks = Ranks(device)
+    state = State(config, device, ranks)
     if config["dro"]:
         reference = load_matching(config["dro"], "--dro", config, device)
         dro = Dro(config, reference, class_counts(dataset, keep), device)
@@ -740,10 +747,12 @@ def fit(config, dataset, out, guide_path=None, keep=None, class_weights=None, ev
     batch = Draw(config, dataset, config["batch"], device, ranks, keep, class_weights)
     super_batch = Draw(config, dataset, super_batch_size(config), device, ranks, keep, class_weights)
     on_loss = class_weights is not None and config["reweight"] == "loss"
-    per_example = class_weights.to(device) if on_loss else None
-    watch, began = Stopwatch(device, progress["select_seconds"]), time.monotonic() - progress["seconds"]
-    saver, finished = Saver(config), lambda: progress["step"] >= config["steps"] or (
-        config["minutes"] and progress["seconds"] >= 60 * config["minutes"])
+    class_weights = class_weights.to(device) if on_loss else None
+    saver, began = Saver(config), time.monotonic() - progress["seconds"]
+    limit = 60 * config["minutes"] or math.inf
+
+    def finished():
+        return progress["step"] >= config["steps"] or progress["seconds"] >= limit
 
     def save():
         if ranks.rank == 0:
@@ -754,16 +763,15 @@ def fit(config, dataset, out, guide_path=None, keep=None, class_weights=None, ev
             step, weight, caught = progress["step"], None, 0
             log_line = (step + 1) % config["log_every"] == 0
             if curator and curator.active(step, super_batch):
-                with watch:  # score the super-batch, keep b of its B examples with their sigma and noise
+                with state.watch:  # score B examples, keep b of them with their sigma and noise
                     rows, weight = curator.choose(*super_batch[step], step, detail=log_line)
                 progress["examples_seen"] += super_batch.n
             else:
                 rows = batch[step]
                 progress["examples_seen"] += batch.n
             x0, noise, sigma, labels, _ = rows
-            if per_example is not None:
-                class_weight = per_example[labels % dataset.classes]
-                weight = class_weight if weight is None else weight * class_weight
+            if on_loss:
+                weight = class_weights[labels % dataset.classes] * (1 if weight is None else weight)
             if dro:
                 weight = dro.weight(labels)
             loss = state.learn(x0, noise, sigma, state.drop_labels(labels), weight)
@@ -771,16 +779,13 @@ def fit(config, dataset, out, guide_path=None, keep=None, class_weights=None, ev
                 dro.update(loss, x0, noise, sigma, labels, ranks)
             progress["examples_trained"] += batch.n
             if log_line:
-                progress.update(select_seconds=watch.seconds())
                 log(state, journal, curator, dro, time.monotonic() - began)
-            if ranks.world == 1 or log_line or step + 1 == config["steps"]:  # between them no message, no wait
+            if ranks.world == 1 or log_line or step + 1 == config["steps"]:  # else no message, no wait
                 progress["seconds"], caught = ranks.agree(time.monotonic() - began, interrupt.caught or 0)
             pause = time.monotonic()
             if evaluate and config["eval_every"] and not (step + 1) % config["eval_every"] and not finished():
-                progress["select_seconds"] = watch.seconds()
                 run_evaluation(state, journal, evaluate)
             if caught or finished() or saver.due(progress["step"]):
-                progress["select_seconds"] = watch.seconds()
                 save()
             began += time.monotonic() - pause
             if caught:
@@ -849,7 +854,7 @@ class Saver:
 
 def log(state, journal, curator, dro, seconds):
     """The log interval's JSON line and progress line; the one place of the loop that waits for the device."""
-    c, p = state.config, state.progress
+    c, p = state.config, state.count()
     total, steps, skipped, in_a_row = state.tally.tolist()
     state.tally[:2] = 0
     rate = (p["examples_trained"] - journal.rated[0]) / max(seconds - journal.rated[1], 1e-9)
@@ -879,7 +884,7 @@ def log(state, journal, curator, dro, seconds):
 
 def run_evaluation(state, journal, evaluate):
     """Write the evaluation's records, in place of any that an interrupted one left at this step."""
-    began, p = time.monotonic(), state.progress
+    began, p = time.monotonic(), state.count()
     if state.ranks.rank == 0:
         records = list(evaluate(state, journal.show))
         p["eval_seconds"] += time.monotonic() - began
@@ -909,7 +914,7 @@ class Evaluator:
         c, pictures = self.config, []
         if self.main is None:  # compiled once, for all evaluations
             self.main = copy.deepcopy(state.denoiser).eval().requires_grad_(False)
-            self.denoisers = [self.prepare(w) for w in self.weights]
+            self.denoisers = self.prepare()
         state.ema.copy_to(self.main, c["ema"][0])
         for w, denoiser in zip(self.weights, self.denoisers):
             show(f"evaluating, guidance {w:g}")
@@ -921,16 +926,16 @@ class Evaluator:
         draw = draw_tree if c["kind"] == "tree" else draw_images
         draw(pictures, self.dataset, self.out / "samples.png")
 
-    def prepare(self, w):
-        """The denoiser guided with weight w, under autocast and, on CUDA, compiled."""
-        c, denoiser = self.config, self.main
-        if w != 1:
-            weak = guide.Unlabelled(self.main) if c["guide"] == "self" else load_matching(
-                self.guide_path, "--guide", c, self.device)
-            denoiser = guide.Autoguided(self.main, weak, w)
-        run = model.accelerate(denoiser, self.device, c["bf16"], c["compile"])
-        run.shape = self.main.shape
-        return run
+    def prepare(self):
+        """The denoisers, unguided and guided, under autocast and, on CUDA, compiled."""
+        c = self.config
+        unguided = model.accelerate(self.main, self.device, c["bf16"], c["compile"])
+        if len(self.weights) == 1:
+            return [unguided]
+        weak = guide.Unlabelled(self.main) if c["guide"] == "self" else load_matching(
+            self.guide_path, "--guide", c, self.device)
+        weak = model.accelerate(weak, self.device, c["bf16"], c["compile"])
+        return [unguided, guide.Autoguided(unguided, weak, self.weights[1])]
 
     @torch.no_grad()
     def tree(self, denoiser, unguided):
@@ -1265,7 +1270,8 @@ def peak_memory(config, dataset):
     torch.cuda.reset_peak_memory_stats(device)
     if config["selector"] != "uniform":
         guide_config = model_config({**config, "channels": config["guide_channels"]})
-        curator = Curator(config, state, model.build(guide_config).eval().requires_grad_(False).to(device), device)
+        reference = model.build(guide_config).eval().requires_grad_(False).to(device)
+        curator = Curator(config, state, reference, device)
         rows, weight = curator.choose(*Draw(config, dataset, super_batch_size(config), device, ranks)[0], 0)
     else:
         rows, weight = Draw(config, dataset, config["batch"], device, ranks)[0], None
@@ -1275,9 +1281,10 @@ def peak_memory(config, dataset):
 
 
 def activation_bytes(denoiser, config, n):
-    """Bytes that the forward pass of n examples keeps for the backward pass, without compilation: those of the
-    normalized weights and those of each example, told apart by batches of two and of four."""
+    """Bytes that the forward pass of n examples keeps for the backward pass, without compilation: those of
+    the normalized weights and those of each example, told apart by batches of two and of four."""
     def kept_by(batch):
+        """Bytes, each storage counted once; parameters are not counted."""
         kept, own = {}, {p.data_ptr() for p in denoiser.parameters()}
 
         def note(tensor):
@@ -1307,8 +1314,8 @@ def main(argv=None):
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except torch.cuda.OutOfMemoryError:
-        print(f"error: --device {args.device} has too little memory for this run: give a --micro-batch, a smaller "
-              "--batch, or a higher --filter; the same command goes on from the last checkpoint", file=sys.stderr)
+        print(f"error: --device {args.device} has too little memory for this run: give a --micro-batch or a "
+              "smaller --batch", file=sys.stderr)
         raise SystemExit(2) from None
     except OSError as error:  # a full disk, a folder that may not be written
         print(f"error: {error.filename or args.out or 'runs/'}: {error.strerror or error}; "

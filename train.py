@@ -87,7 +87,7 @@ def _add_data_choices(parser):
     g.add_argument("--until-better", action="store_true", help="select until the learner beats the reference")
     g.add_argument("--once-better", action="store_true", help="select once the learner beats the reference")
     g.add_argument("--interpolate", type=float, default=0,
-                   help="score the autoguided denoiser of weight W (0 = off)")
+                   help="score the autoguided denoiser of weight X (0 = off)")
     g.add_argument("--reference",
                    help="checkpoint that --selector jest scores against (default: the learner's EMA)")
 

@@ -47,19 +47,17 @@ select = load_select()
 # Presets by kind and resolution; every value has a flag. The tree follows the toy example of 2406.02507, the
 # images EDM's and EDM2's noise distributions, with a learning-rate decay for short runs.
 
+IMAGES = dict(channels=64, batch=256, steps=20_000, lr=0.01, lr_decay=4000, warmup=200, dropout=0.0,
+              flip=True, P_mean=-0.8, P_std=1.6, sigma_max=80.0, guidance=1.8, ema=[0.05, 0.10],
+              guide_channels=32, guide_batch=256, guide_steps=2500, eval_samples=10_000, log_every=50)
 PRESETS = {
     "tree": dict(channels=64, batch=816, steps=20_000, lr=0.01, lr_decay=512, warmup=0, dropout=0.0,
                  flip=False, P_mean=-2.3, P_std=1.5, sigma_max=5.0, guidance=3.0, ema=[0.02, 0.10],
                  guide_channels=32, guide_batch=4096, guide_steps=1024, eval_samples=163_840, log_every=100),
-    "32": dict(channels=64, batch=512, steps=20_000, lr=0.01, lr_decay=2000, warmup=200, dropout=0.13,
-               flip=True, P_mean=-1.2, P_std=1.2, sigma_max=80.0, guidance=1.6, ema=[0.05, 0.10],
-               guide_channels=32, guide_batch=512, guide_steps=2500, eval_samples=10_000, log_every=50),
-    "64": dict(channels=64, batch=256, steps=20_000, lr=0.01, lr_decay=4000, warmup=200, dropout=0.0,
-               flip=True, P_mean=-0.8, P_std=1.6, sigma_max=80.0, guidance=1.8, ema=[0.05, 0.10],
-               guide_channels=32, guide_batch=256, guide_steps=2500, eval_samples=10_000, log_every=50),
-    "latent": dict(channels=128, batch=256, steps=20_000, lr=0.01, lr_decay=4000, warmup=200, dropout=0.0,
-                   flip=False, P_mean=-0.4, P_std=1.0, sigma_max=80.0, guidance=1.8, ema=[0.05, 0.10],
-                   guide_channels=64, guide_batch=256, guide_steps=2500, eval_samples=10_000, log_every=50),
+    "32": dict(IMAGES, batch=512, guide_batch=512, lr_decay=2000, dropout=0.13, P_mean=-1.2, P_std=1.2,
+               guidance=1.6),
+    "64": IMAGES,
+    "latent": dict(IMAGES, channels=128, guide_channels=64, flip=False, P_mean=-0.4, P_std=1.0),
 }
 
 
@@ -1257,8 +1255,9 @@ def dry_run(config, dataset, out):
     sizes["activations"] = (peak_memory(config, dataset) - sum(sizes.values()) if cuda else
                             activation_bytes(denoiser, config, config["micro_batch"] or b))
     words = ", ".join(f"{name} {size / 2 ** 20:,.0f}" for name, size in sizes.items())
-    how = "at the peak of one step, measured" if cuda else "about, without compilation"
-    print(f"memory  {sum(sizes.values()) / 2 ** 20:,.0f} MiB {how}: {words}")
+    total = f"{sum(sizes.values()) / 2 ** 20:,.0f} MiB"
+    how = f"{total} at the peak of a step, measured" if cuda else f"about {total}, not compiled"
+    print(f"memory  {how}: {words}")
 
 
 def peak_memory(config, dataset):

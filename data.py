@@ -1,12 +1,12 @@
-"""Data: the 2-D tree, image folders and archives, CIFAR-10, latents; batches that are a function of
-(seed, step); coreset pruning, and class weights by distributionally robust optimization.
+"""Data: the 2-D tree, image and latent data sets, batches that are a function of (seed, step), posterior-mean
+targets, coreset pruning, class weights by distributionally robust optimization, and pictures.
 
-Pruning then reweighting: https://arxiv.org/abs/2409.19128. The tree: https://arxiv.org/abs/2406.02507.
+Pruning then reweighting: https://arxiv.org/abs/2409.19128. The tree: https://arxiv.org/abs/2406.02507. Stable
+targets: https://arxiv.org/abs/2302.00670. The helpers for files and flags that every program here uses come first.
 
     python data.py DATA --keep 0.1 --prune gaussian --out keep.npy --show coreset.png
 """
 import argparse
-import collections
 import contextlib
 import functools
 import hashlib
@@ -15,47 +15,129 @@ import json
 import math
 import os
 import pickle
-import shutil
-import stat
 import sys
 import tarfile
-import tempfile
 import time
+import typing
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
-
-CACHE_VERSION = 1                               # raise it when what is cached changes
-MAX_FILE, MAX_PIXELS, MAX_CLASSES = 2 ** 28, 2 ** 26, 100_000       # bytes of a file, pixels of an image
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-CIFAR_BATCHES = [f"data_batch_{i}{suffix}" for suffix in ("", ".bin") for i in range(1, 6)]
-CIFAR_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck"
-NUMPY_MULTIARRAY = ("numpy.core.multiarray", "numpy._core.multiarray")
+from PIL import Image, ImageDraw, ImageFont
 
 
 # ------------------------------------------------------------------------------------------------------------
-# What every loader raises for bad input: one line that names the file or flag, says why and what to do.
+# Files. Whatever goes wrong while one is read becomes one DataError that names it; one that is written appears
+# whole or not at all.
 
 class DataError(ValueError):
-    def __init__(self, message):
-        super().__init__("".join(c if c.isprintable() else " " for c in str(message)))
+    """What a program's user can mend: one printable line that names the file or flag and says why."""
+
+    def __str__(self):
+        return "".join(c if c.isprintable() else " " for c in super().__str__())
+
+
+@contextlib.contextmanager
+def reading(path, what):
+    """Any exception inside becomes a DataError, "PATH: not WHAT, why"; an archive's checksums are held first."""
+    try:
+        if os.path.isfile(path) and zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():
+                    raise ValueError(f"{damaged} is damaged")
+        yield
+    except (DataError, torch.OutOfMemoryError):
+        raise
+    except FileNotFoundError as error:
+        raise DataError(f"{error.filename or path}: no such file") from None
+    except Exception as error:
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{path}: not {what}, {why[:80]}") from None
+
+
+@contextlib.contextmanager
+def writing(path):
+    """A binary file that is renamed to `path` when the block ends well and removed when it does not."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:                    # torch.save reports a full disk as RuntimeError
+        why = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise DataError(f"{path}: cannot be written, {why[:80]}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The one line of long work: rewritten in place on a terminal, else a line every ten seconds and the last.
+# Flags and programs. A flag's range stands on the flag; argparse then names it.
+
+def number(kind, interval):
+    """An argparse type: a `kind` (int or float) in an interval such as "[1, inf)" or "(0, 1]"; NaN is in none."""
+    low, high = (float(end) for end in interval[1:-1].split(","))
+
+    def parse(text):
+        value = kind(text)
+        above = value > low or value == low and interval[0] == "["
+        below = value < high or value == high and interval[-1] == "]"
+        if not (above and below and abs(value) < 2 ** 62):      # more than that fits no tensor
+            raise argparse.ArgumentTypeError(f"{text} is not in {interval}")
+        return value
+    parse.__name__ = kind.__name__                              # "invalid int value: 'x'"
+    return parse
+
+
+def device(text):
+    """An argparse type: the name of a torch device that is there. Of several processes each takes its own."""
+    try:
+        where = torch.device(text)
+        if where.type == "cuda":
+            where = torch.device("cuda", where.index or int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(where)                        # before the first call that would take cuda:0
+        torch.empty(0, device=where)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{text}: {str(error).splitlines()[0][:80]}") from None
+    return str(where)
+
+
+def parser(description, usage):
+    """An ArgumentParser whose help shows every default; flags are not abbreviated."""
+    class Help(argparse.ArgumentDefaultsHelpFormatter):
+        def _get_help_string(self, action):
+            return action.help if action.default in (None, False) else super()._get_help_string(action)
+    return argparse.ArgumentParser(description=description.split("\n\n")[0], usage=f"%(prog)s {usage}",
+                                   allow_abbrev=False, formatter_class=lambda prog: Help(prog, width=110))
+
+
+def command(run, parser, argv=None):
+    """Parse argv and run(args); what the user can mend becomes one line on stderr and exit status 2."""
+    args = parser.parse_args(argv)
+    try:
+        return run(args)
+    except torch.OutOfMemoryError:
+        why = "out of device memory: give a smaller --batch or --micro-batch"
+    except (DataError, OSError) as error:
+        why = str(error)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    print("error:", why, file=sys.stderr)
+    raise SystemExit(2)
+
 
 def progress(text, last=False, shown=[-math.inf]):
-    """Show `text` on stderr, at most twice a second; `last` ends the line."""
+    """Show `text` on stderr, rewritten in place on a terminal, else a line every ten seconds and the `last`."""
     now, terminal = time.monotonic(), sys.stderr.isatty()
     if last or now - shown[0] > (0.5 if terminal else 10):
         shown[0] = now
-        print(text.ljust(100) if terminal else text, end="\r" if terminal and not last else "\n",
+        print(text.ljust(110) if terminal else text, end="\r" if terminal and not last else "\n",
               file=sys.stderr, flush=True)
 
 
@@ -69,32 +151,37 @@ def stream(seed, step, name, device="cpu"):
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little"))
 
 
+def double(x):
+    """x in float64; on the CPU where the device (MPS) has none."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The 2-D toy density of the autoguidance paper: a tree of branches, eight Gaussians along each, drawn by a
 # recursion on one random stream. Being a Gaussian mixture, it has an exact density, score and denoiser at
 # every noise level, so that what a model learns can be compared with what it should have learned.
 
 class Tree:
-    """Mixture of 1,016 Gaussians a class in the plane; classes = "A", "B" or "AB"."""
+    """Mixture of 127 branches of eight Gaussians a class in the plane; classes = "A", "B" or "AB"."""
     kind, shape, classes, class_names = "tree", (2,), 0, ()
 
     def __init__(self, classes="A", device="cpu"):
-        if classes not in ("A", "B", "AB"):
-            raise DataError(f'tree classes must be "A", "B" or "AB", not {classes!r}')
         branches, random = [], np.random.RandomState(2)
-        for name, angle in (("A", np.pi / 4), ("B", np.pi * 5 / 4)): # B continues A's random stream.
+        for name, angle in (("A", np.pi / 4), ("B", np.pi * 5 / 4)):        # B continues A's random stream
             grown = _grow(random, np.array([0.0030, 0.0325]), angle)
             branches += grown if name in classes else []
-        weight, mean, cov = [np.concatenate(part) for part in zip(*branches)]
-        lam, axes = np.linalg.eigh(cov)                         # cov = axes diag(lam) axes^T
-        weight = weight / weight.sum()
-        self.parameters = dict(                                 # float64; K components
-            cumulative=np.cumsum(weight), log_weight=np.log(weight),
-            mean=mean, root=axes * np.sqrt(lam)[:, None, :],    # [K, 2], [K, 2, 2]
-            axes=axes.transpose(1, 2, 0).reshape(2, -1), lam=lam.T.ravel(),             # [dim, 2 K], [2 K]
-            center=np.einsum("kda,kd->ak", axes, mean).ravel()) # [2 K] the mean in the component's own axes
+        weight, mean, cov = (np.stack(part) for part in zip(*branches))     # [K], [K, 8, 2], [K, 2, 2]
+        weight = weight / (8 * weight.sum())                                # of each Gaussian of the branch
+        lam, axes = np.linalg.eigh(cov)                                     # cov = axes diag(lam) axes^T
+        middle, half = mean.mean(1), (mean[:, 7] - mean[:, 0]) / 2          # [K, 2]
+        self.parameters = dict(                                             # float64; K branches
+            cumulative=np.cumsum(weight.repeat(8)), mean=mean.reshape(-1, 2),           # of 8 K Gaussians
+            root=(axes * np.sqrt(lam)[:, None, :]).repeat(8, 0),            # [8 K, 2, 2]
+            axes=axes.transpose(2, 1, 0), lam=lam.T[:, None],               # [axis, dim, K], [axis, 1, K]
+            middle=np.einsum("kda,kd->ak", axes, middle)[:, None],          # in the branch's own axes
+            half=np.einsum("kda,kd->ak", axes, half)[:, None], log_weight=np.log(weight))
         self.fingerprint = hashlib.sha256(np.concatenate([mean.ravel(), cov.ravel()]).tobytes()).hexdigest()
-        self.report = [f"2-D tree, class {classes}: {len(weight):,} Gaussians, fresh points every step"]
+        self.report = [f"2-D tree, class {classes}: {mean.size // 2:,} Gaussians, fresh points every step"]
         self.to(device)
 
     def to(self, device):
@@ -102,70 +189,67 @@ class Tree:
         self.device, self._cast = torch.device(device), {}
         return self
 
-    def _p(self, name, dtype):
+    def _p(self, name, dtype=torch.float32):
         if (name, dtype) not in self._cast:
-            self._cast[name, dtype] = torch.as_tensor(self.parameters[name]).to(dtype).to(self.device)
+            values = np.ascontiguousarray(self.parameters[name])
+            self._cast[name, dtype] = torch.from_numpy(values).to(dtype).to(self.device)
         return self._cast[name, dtype]
 
-    def sample(self, n, sigma=0, generator=None):
-        """n points of the density convolved with N(0, sigma^2 I): float32 [n, 2]. On the CPU the first m of n
-        points are those of a draw of m (at sigma = 0): three uniforms a point, the normals by Box-Muller."""
+    def sample(self, n, generator=None):
+        """n points of the density: float32 [n, 2]. On the CPU the first m of n points are those of a draw of
+        m: three uniforms a point, the normals by Box-Muller."""
         u = torch.rand(n, 3, generator=generator, device=self.device)                   # [n, 3]
-        index = torch.searchsorted(self._p("cumulative", torch.float32), u[:, 0].contiguous(), right=True)
+        index = torch.searchsorted(self._p("cumulative"), u[:, 0].contiguous(), right=True)
         index = index.clamp(max=len(self.parameters["mean"]) - 1)                       # rounding at u = 1
         radius, angle = (-2 * torch.log1p(-u[:, 1])).sqrt(), 2 * math.pi * u[:, 2]
         z = radius[:, None] * torch.stack([angle.cos(), angle.sin()], dim=1)            # [n, 2] normal
-        root, mean = self._p("root", torch.float32)[index], self._p("mean", torch.float32)[index]
-        x = mean + (root * z[:, None, :]).sum(2)                                        # [n, 2]
-        if not isinstance(sigma, (int, float)) or sigma != 0:
-            noise = torch.randn(n, 2, generator=generator, device=self.device)
-            x = x + torch.as_tensor(sigma, dtype=x.dtype, device=x.device).reshape(-1, 1) * noise
-        return x
+        return self._p("mean")[index] + (self._p("root")[index] * z[:, None, :]).sum(2)
 
-    def draw(self, n, generator=None):
-        """A batch in the form of `Batches`: (x0 float32 [n, 2], None, None)."""
-        return self.sample(n, generator=generator), None, None
+    def _evaluate(self, x, sigma):
+        """Log-density [n] and score [n, 2] at x [n, 2]. In a branch's own axes the covariance plus sigma^2 I is
+        diagonal and shared by its Gaussians, which lie at middle + tau half, tau = -1 ... 1. So the exponent of
+        each is base + B tau - C tau^2 / 2 with coefficients of the branch: a matrix product gives all eight."""
+        axes, lam, middle, half, log_weight = (
+            self._p(name, x.dtype) for name in ("axes", "lam", "middle", "half", "log_weight"))
+        tau = torch.linspace(-1, 1, 8, dtype=x.dtype, device=x.device)
+        powers = torch.stack([torch.ones_like(tau), tau, -tau.square() / 2], dim=1)     # [8, 3]
+        square = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).reshape(-1, 1) ** 2     # [1 or n, 1]
+        rows = 512 if x.device.type == "cpu" else 32768                                 # a block fits the cache
+        squares = square.split(rows) if len(square) > 1 else [square] * (len(x) // rows + 1)
+        logp, score = [], []
 
-    def _evaluate(self, x, sigma, want_score):
-        """log p and, if wanted, its gradient, in x's dtype. In each component's own axes the covariance plus
-        sigma^2 I is diagonal, so that u = (axis . (x - mean)) / sqrt(lam + sigma^2) is standard normal."""
-        names = "axes", "center", "lam", "log_weight"
-        axes, center, lam, log_weight = [self._p(name, x.dtype) for name in names]
-        sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).reshape(-1, 1)   # [1 or n, 1]
-        rate, single = torch.rsqrt(lam + sigma[:1] ** 2), len(sigma) == 1               # [1, 2 K]
-        if single:                                              # whiten the axes once instead of every point
-            axes, center = axes * rate, center * rate[0]
-        rows, logps, scores = 1024 if x.device.type == "cpu" else 32768, [], []         # memory bounded
-        for start in range(0, len(x), rows):
-            u = torch.addmm(center, x[start:start + rows], axes, beta=-1)               # [n, 2 K]
-            if not single:
-                rate = torch.rsqrt(lam + sigma[start:start + rows] ** 2)                # [n, 2 K]
-                u = u * rate
-            (u1, u2), (rate1, rate2) = u.chunk(2, 1), rate.chunk(2, 1)
-            quad = torch.addcmul(u1 * u1, u2, u2)
-            logits = torch.sub(log_weight + torch.log(rate1 * rate2), quad, alpha=0.5)  # [n, K]
-            most = logits.detach().amax(1, keepdim=True)
-            share = (logits - most).clamp(min=-80).exp()        # [n, K]; exp is slow where it underflows
-            total = share.sum(1, keepdim=True)
-            logps.append(most + total.log() - math.log(2 * math.pi))
-            if want_score:                                      # mean over the posterior share / total
-                u.unflatten(1, (2, -1)).mul_(share[:, None])
-                scores.append(-(u if single else u * rate) @ axes.T / total)
-        return torch.cat(logps)[:, 0], torch.cat(scores) if want_score else None
+        def dot(u, v):                                          # over the two axes: [n, K]
+            return torch.addcmul(u[0] * v[0], u[1], v[1])
+        for x, square in zip(x.split(rows), squares):
+            a = (x @ axes).sub_(middle)                                                 # [axis, n, K]
+            rate = (lam + square).reciprocal_()                                         # [axis, 1 or n, K]
+            rate_a, rate_half = rate * a, rate * half
+            B, C = dot(rate_a, half), dot(rate_half, half)
+            base = torch.sub(log_weight + 0.5 * (rate[0] * rate[1]).log(), dot(rate_a, a), alpha=0.5)
+            peak = (B / C).clamp_(-1, 1)                        # of the exponent; bounds it from above, closely
+            most = torch.addcmul(base, peak, torch.addcmul(B, C, peak, value=-0.5)).amax(1, keepdim=True)
+            exponent = torch.stack(torch.broadcast_tensors(base - most, B, C)).flatten(1)       # [3, n K]
+            share = (powers * math.log2(math.e) @ exponent).clamp_(min=-115).exp2_()    # slow where it underflows
+            S0, S1 = (powers[:, :2].T @ share).view(2, *B.shape)                        # sums of share, share tau
+            total = S0.sum(1, keepdim=True)
+            logp.append(most + total.log() - math.log(2 * math.pi))
+            score.append((torch.addcmul(rate_half * S1, rate_a, S0, value=-1) @ axes.mT).sum(0) / total)
+        return torch.cat(logp)[:, 0], torch.cat(score)
 
+    @torch.no_grad()
     def logp(self, x, sigma=0):
-        """Log-density [n] at x [n, 2] of the tree convolved with N(0, sigma^2 I); sigma a float or [n]."""
-        return self._evaluate(x, sigma, want_score=False)[0]
+        """Log-density [n] at x [n, 2] of the tree convolved with N(0, sigma^2 I); sigma a number or [n]."""
+        return self._evaluate(x, sigma)[0]
 
     @torch.no_grad()
     def score(self, x, sigma=0):
         """Gradient of `logp` with respect to x: [n, 2]."""
-        return self._evaluate(x, sigma, want_score=True)[1]
+        return self._evaluate(x, sigma)[1]
 
     def denoise(self, x, sigma, labels=None):
         """The exact denoiser E[x0 | x] = x + sigma^2 score(x; sigma): [n, 2]."""
-        sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
-        return x + sigma.reshape(-1, 1) ** 2 * self.score(x, sigma)
+        square = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).reshape(-1, 1) ** 2
+        return x + square * self.score(x, sigma)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -178,8 +262,7 @@ def _grow(random, position, angle, depth=0):
     length = 0.292 * 0.8 ** depth * (0.2 * random.randn() + 1)
     h, q, t = 0.2 * 0.8 ** depth / length, 0.06 * length * scale, np.linspace(0.07, 0.93, 8)
     cov = (np.outer(u, u) + h ** 2 * (np.eye(2) - np.outer(u, u))) * np.outer(q, q)
-    mean = (position + u * length * t[:, None]) * scale
-    branches = [(np.full(8, length * 0.5 ** depth), mean, np.tile(cov, (8, 1, 1)))]
+    branches = [(length * 0.5 ** depth, (position + u * length * t[:, None]) * scale, cov)]
     for sign in (1, -1):
         child = angle + sign * 0.7 ** depth * (0.2 * random.randn() + 1)
         if depth + 1 < 7:
@@ -193,13 +276,13 @@ def _grow(random, position, angle, depth=0):
 @dataclass
 class Dataset:
     x: torch.Tensor                             # uint8 images or float latents [N, C, H, W]
-    labels: torch.Tensor = None                 # int64 [N]; None = unlabelled
-    class_names: list = field(default_factory=list)
+    labels: torch.Tensor = None                 # int64 [N] on the host; None = unlabelled
+    class_names: tuple = ()
     kind: str = "image"                         # "image" | "latent"
-    mean: torch.Tensor = None                   # of latents, per channel [C]; None for images
-    std: torch.Tensor = None
+    mean: tuple = (127.5,)                      # per channel, or one for all
+    std: tuple = (63.75,)
     fingerprint: str = ""                       # hash of the content, equal for equal data wherever it lies
-    report: list = field(default_factory=list)  # what was found, lines of text
+    report: tuple = ()                          # what was found, lines of text
 
     def __len__(self):
         return len(self.x)
@@ -212,53 +295,94 @@ class Dataset:
     def classes(self):
         return len(self.class_names)
 
-    def scale(self, x):
-        """Raw examples [n, C, H, W] -> float32: pixels in [-1, 1], latents with standard deviation 0.5."""
-        if self.kind == "image":
-            return x.to(torch.float32) / 127.5 - 1
-        mean, std = [s.to(x.device).reshape(-1, 1, 1) for s in (self.mean, self.std)]
-        return (x.to(torch.float32) - mean) / std * 0.5
-
-    def take(self, indices):
-        """The examples at `indices` as the network sees them: float32 [n, C, H, W]."""
-        return self.scale(self.x[indices])
+    def take(self, index, device="cpu"):
+        """The examples at `index` (on the host) as the network sees them: float32 [n, C, H, W] on `device`."""
+        return scale(put(self.x[put(index, self.x.device)], device), self.mean, self.std)
 
     def to(self, device):
         """Moves the array to `device` (a GPU: if it takes less than half of what is free); returns self."""
-        device = torch.device(device)
-        if self.kind == "latent":
-            self.mean, self.std = self.mean.to(device), self.std.to(device)
-        if device.type != "cuda" or self.x.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
+        if torch.device(device).type != "cuda" or self.x.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
             self.x = self.x.to(device)
-            self.labels = None if self.labels is None else self.labels.to(device)
         return self
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The way back from the network: `Dataset.scale` inverted.
+def put(tensor, device):
+    """A tensor on `device`; from host memory to a GPU without waiting."""
+    if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
-def pixels(x):
-    """float [n, C, H, W] in [-1, 1] -> uint8, rounded and clipped."""
-    return (x.to(torch.float32) * 127.5 + 127.5).round().clip(0, 255).to(torch.uint8)
 
-
-def unscale(x, mean, std):
-    """Latents of standard deviation 0.5 [n, C, H, W] -> float32 in their own scale; mean and std [C]."""
-    mean, std = [torch.as_tensor(s, device=x.device).to(torch.float32).reshape(-1, 1, 1) for s in (mean, std)]
-    return x.to(torch.float32) * 2 * std + mean
+def scale(x, mean, std):
+    """Raw examples [n, C, H, W] -> float32 (x - mean) / std * 0.5: pixels in [-1, 1], latents of std 0.5."""
+    mean, std = (torch.tensor(s).reshape(-1, 1, 1) for s in (mean, std))
+    if len(mean) == 1:
+        return (x.float() - mean.item()) * (0.5 / std.item())
+    return (x.float() - put(mean, x.device)) * put(0.5 / std, x.device)
 
 
 def decode(x, config):
-    """What a denoiser of this config samples -> uint8 images, latents in their own scale, or points."""
-    if config["kind"] == "latent":
-        return unscale(x, config["latent_mean"], config["latent_std"])
-    return pixels(x) if config["kind"] == "image" else x
+    """`scale` inverted for what a denoiser of this config samples: uint8 images, raw latents, or points."""
+    if config["kind"] == "tree":
+        return x
+    mean, std = (torch.tensor(config[name], device=x.device).reshape(-1, 1, 1) for name in ("mean", "std"))
+    x = x.float() * 2 * std + mean
+    return x.round().clip(0, 255).to(torch.uint8) if config["kind"] == "image" else x
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Batches by number: batches[step] depends on (seed, step) alone. Examples are drawn uniformly with
-# replacement from the kept ones or, with class weights, each class in proportion to weight x frequency.
-# Flips are labelled (they do not leak into samples): a mirrored image of class c has label c + classes.
+# Targets. The posterior mean of x0 given x = x0 + sigma noise, where x0 is one of a set of examples: instead of
+# x0 itself it gives the same minimizer with less variance (stable target fields, 2302.00670).
+
+def posterior_mean(x, sigma, examples):
+    """E[x0 | x] for x [n, ...] at noise levels sigma [n], with x0 one of `examples` [m, ...]: float32 [n, ...].
+    `examples` may be a list of such blocks, for more than memory holds; the result is that of all of them."""
+    mean, evidence = 0.0, torch.full_like(double(sigma), -math.inf)
+    for block in examples.split(4096) if torch.is_tensor(examples) else examples:
+        more, log_sum = _posterior(x.flatten(1), sigma, block.flatten(1))
+        mean = mean + (more - mean) * torch.sigmoid(log_sum - evidence)[:, None]
+        evidence = torch.logaddexp(evidence, log_sum)
+    return mean.view(x.shape).to(x)
+
+
+def _posterior(x, sigma, y, same=None):
+    """x [..., n, d], sigma [..., n], y [..., m, d], same bool [..., n, m] -> mean [..., n, d], log sums [..., n],
+    both float64: the logits are differences of large numbers. |x|^2 / 2 sigma^2 is left out, being the same for
+    all candidates."""
+    x, sigma, y = double(x), double(sigma), double(y)
+    logits = (x @ y.mT - y.square().sum(-1)[..., None, :] / 2) / sigma.square()[..., None]      # [..., n, m]
+    logits = logits if same is None else logits.masked_fill(~same.to(x.device), -math.inf)
+    return logits.softmax(-1) @ y, logits.logsumexp(-1)
+
+
+def batch_posterior_mean(x, sigma, x0, labels=None, group=200):
+    """The same with the batch's own examples x0 [n, ...] as candidates, those of the same label, in groups of
+    about `group` (a divisor of n, so that the shapes are fixed): [n, ...]. Groups gather equal labels."""
+    n = len(x)
+    groups = next(g for g in range(max(1, n // group), 0, -1) if n % g == 0)
+    order = torch.arange(n, device=x.device) if labels is None else labels.argsort(stable=True)
+    x_, y, s = (t[order].reshape(groups, n // groups, -1) for t in (x, x0, sigma))      # [groups, n / groups, d]
+    label = order.new_zeros(groups, n // groups) if labels is None else labels[order].view(groups, -1)
+    mean, _ = _posterior(x_, s[..., 0], y, label[:, :, None] == label[:, None, :])
+    return torch.empty_like(x).index_copy_(0, order, mean.view(x.shape).to(x))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Batches by number: batches[step] depends on (seed, step) alone, and the first examples of a larger batch are
+# those of a smaller one. What is small is drawn on the host and copied without waiting, the noise on the device.
+# Flips are labelled, so that they do not leak into samples: a mirrored image of class c has label c + classes.
+
+class Batch(typing.NamedTuple):
+    x0: torch.Tensor                            # float32 [n, ...]
+    noise: torch.Tensor                         # unit normal [n, ...]
+    sigma: torch.Tensor                         # noise level [n]
+    labels: torch.Tensor                        # int64 [n] or None
+    target: torch.Tensor                        # what D(x0 + sigma noise; sigma) is to be [n, ...]
+
+    def rows(self, index):
+        """The batch of some of its examples; `index` is a slice or int64 [k]."""
+        return Batch(*(None if part is None else part[index] for part in self))
+
 
 class Batches:
     def __init__(self,
@@ -266,524 +390,354 @@ class Batches:
         n,                      # examples a batch
         seed,                   # integer
         device="cpu",           # where the batch is wanted
-        keep=None,              # sorted indices [M] of the examples to draw from; None = all
-        class_weights=None,     # [classes]; None = as frequent as in the data
+        pool=None,              # sorted indices [M] of the examples to draw from; None = all
+        class_weights=None,     # draw an example in proportion to its class's weight [classes]; None = uniformly
         flip=False,             # mirror half of the images, as classes of their own
+        targets="sample",       # "sample" x0 itself, "batch" or "all": its posterior mean, given which examples
+        P_mean=-1.2,            # of ln sigma
+        P_std=1.2,
+        rows=slice(None),       # the rows of the n that are wanted here (several processes)
     ):
-        if dataset.kind != "image" and flip:
-            raise DataError("flips are for images: switch them off for the tree and for latents")
-        self.dataset, self.n, self.seed, self.flip = dataset, n, seed, flip
-        self.device = torch.empty(0, device=device).device      # "cuda" -> "cuda:0"
-        self.net_classes = max(dataset.classes, 1) * 2 if flip else dataset.classes
-        self.tree = dataset.kind == "tree"
-        self.home = self.device if self.tree else dataset.x.device
-        self.resident = self.home == self.device
-        self.keep = None if keep is None or self.tree else torch.as_tensor(keep).to(self.home)
-        self.mass = None
-        if class_weights is not None and not self.tree:
-            self._group(torch.as_tensor(class_weights, dtype=torch.float64, device="cpu"))
-        self.ahead, self.worker = (None, None), None            # (step, future) of the batch being prefetched
-
-    def _group(self, weights):
-        """Sorts the kept examples by class: a weighted draw is a class, then a uniform example of it."""
-        labels = self.dataset.labels
-        if labels is None or len(weights) != self.dataset.classes:
-            raise DataError(f"{len(weights)} class weights for data of {self.dataset.classes} classes")
-        labels = labels if self.keep is None else labels[self.keep]
-        order = torch.argsort(labels, stable=True)
-        self.keep = order if self.keep is None else self.keep[order]
-        count = torch.bincount(labels, minlength=len(weights)).cpu()
-        mass = (weights * count).cumsum(0) / (weights * count).sum()
-        if not torch.isfinite(mass).all() or (weights < 0).any():
-            raise DataError("class weights must be finite, not negative, and not all zero")
-        self.mass = mass.to(torch.float32).to(self.home)                                # [classes] cumulative
-        self.count, self.start = count.to(self.home), (count.cumsum(0) - count).to(self.home)
+        self.dataset, self.n, self.seed, self.device = dataset, n, seed, torch.device(device)
+        self.flip, self.targets, self.P_mean, self.P_std, self.rows = flip, targets, P_mean, P_std, rows
+        self.cumulative = None
+        if dataset.kind == "tree":
+            return
+        self.pool = torch.arange(len(dataset)) if pool is None else torch.as_tensor(pool)
+        if class_weights is not None:
+            weight = class_weights.double()[dataset.labels[self.pool]]                  # [M]
+            self.cumulative = weight.cumsum(0) / weight.sum()
+        if targets == "all":
+            labels = torch.zeros(len(self.pool)) if dataset.labels is None else dataset.labels[self.pool]
+            self.of_class = {int(c): self.pool[labels == c] for c in labels.unique()}
 
     def index(self, step):
-        """Indices of the batch: int64 [n], where the dataset lives."""
-        generator = stream(self.seed, step, "data", self.home)
-        if self.mass is None:
-            high = len(self.dataset) if self.keep is None else len(self.keep)
-            position = torch.randint(high, (self.n,), generator=generator, device=self.home)
-        else:
-            u = torch.rand(self.n, generator=stream(self.seed, step, "class", self.home), device=self.home)
-            c = torch.searchsorted(self.mass, u, right=True).clamp(max=len(self.mass) - 1)      # [n]
-            r = torch.randint(2 ** 62, (self.n,), generator=generator, device=self.home)
-            position = self.start[c] + r % self.count[c]
-        return position if self.keep is None else self.keep[position]
-
-    def _host(self, step):
-        """The raw batch in pinned host memory, for a dataset too large for the device."""
-        index, data = self.index(step), self.dataset
-        pin = self.device.type == "cuda"
-        x = torch.empty((self.n, *data.shape), dtype=data.x.dtype, pin_memory=pin)
-        torch.index_select(data.x, 0, index, out=x)
-        rest = [None if data.labels is None else data.labels[index], index]
-        return x, *[part.pin_memory() if pin and part is not None else part for part in rest]
-
-    def _raw(self, step):
-        data = self.dataset
-        if self.resident:
-            index = self.index(step)
-            return data.x[index], None if data.labels is None else data.labels[index], index
-        self.worker = self.worker or ThreadPoolExecutor(1)
-        batch = self.ahead[1].result() if self.ahead[0] == step else self._host(step)
-        self.ahead = step + 1, self.worker.submit(self._host, step + 1)
-        return [None if part is None else part.to(self.device, non_blocking=True) for part in batch]
+        """Indices of the batch in the data set: int64 [n] on the host."""
+        generator = stream(self.seed, step, "data")
+        if self.cumulative is None:
+            return self.pool[torch.randint(len(self.pool), (self.n,), generator=generator)]
+        u = torch.rand(self.n, generator=generator, dtype=torch.float64)
+        return self.pool[torch.searchsorted(self.cumulative, u, right=True).clamp(max=len(self.pool) - 1)]
 
     def __getitem__(self, step):
-        """(x0 float32 [n, ...], labels int64 [n] or None, index int64 [n] or None), all on the device."""
-        if self.tree:
-            return self.dataset.draw(self.n, stream(self.seed, step, "data", self.device))
-        x, labels, index = self._raw(step)
-        x0 = self.dataset.scale(x)
-        if self.flip:
-            generator = stream(self.seed, step, "flip", self.device)
-            mirrored = torch.randint(2, (self.n,), generator=generator, device=self.device)     # [n] 0 or 1
-            x0 = torch.where(mirrored[:, None, None, None] == 1, x0.flip(3), x0)
-            labels = mirrored if labels is None else labels + mirrored * self.dataset.classes
-        return x0, labels, index
+        """The Batch of this step."""
+        def draw(name, device="cpu"):
+            return stream(self.seed, step, name, device)
+        data, labels, mirrored = self.dataset, None, None
+        sigma = self.P_mean + self.P_std * torch.randn(self.n, generator=draw("sigma"))[self.rows]
+        sigma = put(sigma.exp(), self.device)
+        if data.kind == "tree":
+            x0 = data.sample(self.n, draw("data", data.device))[self.rows]
+        else:
+            index = self.index(step)[self.rows]
+            x0 = data.take(index, self.device)
+            labels = None if data.labels is None else data.labels[index]
+            if self.flip:
+                mirrored = torch.randint(2, (self.n,), generator=draw("flip"))[self.rows]               # 0 or 1
+                labels = mirrored if labels is None else labels + mirrored * data.classes
+                x0 = _mirror(x0, mirrored)
+        noise = torch.randn((self.n, *data.shape), generator=draw("noise", self.device), device=self.device)
+        noise, on_device = noise[self.rows], None if labels is None else put(labels, self.device)
+        target, s = x0, sigma.view(-1, *[1] * len(data.shape))
+        if self.targets == "batch":
+            target = batch_posterior_mean(x0 + s * noise, sigma, x0, on_device)
+        elif self.targets == "all":
+            x = x0 + s * noise
+            target = data.denoise(x, sigma) if data.kind == "tree" else self._all(x, sigma, labels, mirrored)
+        return Batch(x0, noise, sigma, on_device, target)
+
+    def _all(self, x, sigma, labels, mirrored):
+        """The posterior mean given all examples of the pool that have the label (mirrored images: mirrored)."""
+        x, out = _mirror(x, mirrored), torch.empty_like(x)
+        classes = torch.zeros(len(x)) if self.dataset.labels is None else labels % self.dataset.classes
+        for c in classes.unique().tolist():
+            rows = put((classes == c).nonzero()[:, 0], self.device)
+            blocks = (self.dataset.take(index, self.device) for index in self.of_class[int(c)].split(4096))
+            out[rows] = posterior_mean(x[rows], sigma[rows], blocks)
+        return _mirror(out, mirrored)
+
+
+def _mirror(x, mirrored):
+    """Images x [n, C, H, W], flipped where `mirrored` [n] is 1; None flips none."""
+    if mirrored is None:
+        return x
+    return torch.where(put(mirrored, x.device)[:, None, None, None] == 1, x.flip(3), x)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Loading. Whatever the source, it becomes one array in the cache folder ($DATA_CACHE, else
-# ~/.cache/data-curation), which later runs map into memory; the array's hash is checked every time.
+# ~/.cache/data-curation), which later runs map into memory.
 
-def load(path, size=None, progress=True, cache=None):
+CACHE_VERSION = 3                               # raise it when what is cached changes
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+CIFAR_BATCHES = [f"data_batch_{i}{suffix}" for suffix in ("", ".bin") for i in range(1, 6)]
+CIFAR_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
+
+
+def load(path, size=None):
     """The images or latents at `path` as a Dataset.
 
-    path    a folder or .zip of images (a folder a class; of train, val, test the train one), CIFAR-10 as
-            published (python or binary, .tar.gz or unpacked), or an .npz with `images` uint8 [N, 3, H, W] or
-            [N, H, W, 3], or `latents` float [N, C, H, W] (with optional `mean`, `std` [C]), and `labels` [N]
+    path    a folder, .zip or .tar of images (a folder a class; of train, val, test the train one; or as the
+            dataset.json at its top says, which is EDM's format), CIFAR-10 as published (python or binary, .tar.gz
+            or unpacked), or an .npz with `images` uint8 [N, 3, H, W] or [N, H, W, 3], or `latents` float
+            [N, C, H, W] (with optional `mean`, `std` [C]), and `labels` [N]
     size    center-crop to a square and resize (Lanczos) to this many pixels; None = as they are
-    cache   folder; None = $DATA_CACHE or ~/.cache/data-curation
 
     Raises DataError, one line, for anything unreadable, inconsistent or hostile; nothing is left behind."""
     path = Path(path)
     if not path.exists():
         raise DataError(f"{path}: no such file or folder")
-    if size is not None and not 1 <= size <= 4096:
-        raise DataError(f"--size {size}: must be between 1 and 4096 pixels")
-    cache = Path(cache or os.environ.get("DATA_CACHE") or Path.home() / ".cache" / "data-curation")
-    try:
-        files = _listing(path) if path.is_dir() else [("", path.stat())]
-        stamp = [(name, info.st_size, info.st_mtime_ns) for name, info in files]
-        key = hashlib.sha256(repr((CACHE_VERSION, str(path.resolve()), size, stamp)).encode()).hexdigest()
-        found = _read_cache(cache / key[:32])
-        if found:
-            return found
-        with warnings.catch_warnings():
+    files = _files(path) if path.is_dir() else {"": path}
+    stamp = [(name, file.stat().st_size, file.stat().st_mtime_ns) for name, file in files.items()]
+    key = hashlib.sha256(repr((CACHE_VERSION, str(path.resolve()), size, stamp)).encode()).hexdigest()
+    folder = Path(os.environ.get("DATA_CACHE") or Path.home() / ".cache" / "data-curation")
+    cached = folder / f"{key[:32]}.pt"
+    if not cached.exists():
+        with reading(path, "a data set"), warnings.catch_warnings():
             warnings.simplefilter("ignore")                     # Pillow's remarks on odd but readable files
-            return _build(_open(path, files, size), cache, cache / key[:32], path if progress else None)
-    except DataError:
-        raise
-    except Exception as error:                                  # a damaged file may raise anything
-        raise DataError(f"{path}: cannot be read ({_reason(error)})") from error
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            found = _npz(path, size) if path.suffix.lower() == ".npz" else _images(path, files, size)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with writing(cached) as file:
+                torch.save(vars(found), file)
+        except (OSError, DataError) as error:
+            raise DataError(f"{path}: the cache has no room for it, set DATA_CACHE ({error})") from None
+    with reading(cached, "a cached data set (delete it)"):
+        return Dataset(**torch.load(cached, mmap=True, weights_only=True))      # no change reaches the file
+
+
+def _dataset(x, labels, class_names, report=(), **more):
+    """A Dataset of arrays x [N, C, H, W] and labels [N] (None: unlabelled), with its report and fingerprint."""
+    found = Dataset(torch.from_numpy(np.ascontiguousarray(x)), class_names=class_names, **more)
+    n, c, h, w = found.x.shape
+    found.report = [f"{n:,} {found.kind}s of {c}x{h}x{w}, {found.x.nbytes / 2 ** 20:,.0f} MiB", "no labels"]
+    if labels is not None:
+        found.labels = torch.from_numpy(np.asarray(labels).astype(np.int64))
+        count = torch.bincount(found.labels)
+        found.report[1] = f"{len(count):,} classes of {count.min():,} to {count.max():,} examples"
+    found.report += report
+    digest = hashlib.sha256(repr((found.kind, class_names, found.mean, found.std, found.x.shape)).encode())
+    for part in (found.x, found.labels):
+        digest.update(b"" if part is None else part.numpy())
+    found.fingerprint = digest.hexdigest()
+    return found
+
+
+def _expect(name, array, right, wanted):
+    if not right:
+        raise ValueError(f"{name} is {array.dtype} {list(array.shape)}, wanted {wanted}")
 
 
 # ------------------------------------------------------------------------------------------------------------
-# What a reader gives: its blocks [n, ...] in order are the examples. `report` may grow while they are read.
+# Images: one list of (name, read function), whether they lie in a folder, a zip or a tar. Nothing is unpacked.
 
-@dataclass
-class Source:
-    count: int
-    blocks: object                      # iterator of arrays
-    kind: str = "image"
-    labels: np.ndarray = None
-    class_names: list = field(default_factory=list)
-    moments: list = None                # stored [mean [C], std [C]] of latents
-    report: list = field(default_factory=list)
-
-
-def _open(path, files, size):
-    """Chooses the reader by what the path is."""
-    if path.is_dir():
-        names = {name.rpartition("/")[2]: name for name, _ in files if name.count("/") <= 1}
-        batches = [names[name] for name in CIFAR_BATCHES if name in names]
-        if batches:
-            return _cifar(path, [(f"{path}/{name}", (path / name).read_bytes) for name in batches], size)
-        members = [(name, (path / name).read_bytes, info.st_size) for name, info in files]
-        return _images(path, members, size)
-    if path.name.lower().endswith((".tar.gz", ".tgz", ".tar")):
-        return _cifar(path, _tar_members(path), size)
-    if path.suffix.lower() == ".zip":
-        return _images(path, _zip_members(path), size)
-    if path.suffix.lower() == ".npz":
-        return _npz(path, size)
-    raise DataError(f"{path}: not a data set of a known kind (a folder or .zip of images, CIFAR-10 as "
-                    ".tar.gz or unpacked, .npz with images or latents)")
-
-
-def _reason(error):
-    """An exception as part of one line."""
-    kind = "" if isinstance(error, DataError) else f"{type(error).__name__}: "
-    return " ".join(f"{kind}{error}".split())[:200]
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Files in a folder and in a zip: (name, read function, size). An archive is read in place, never unpacked;
-# one with a link or with a path that leads out of it was not made for this and is refused.
-
-def _listing(path):
-    """[(relative name with slashes, stat)] of all files below a folder, sorted; follows links once."""
-    files, seen = [], set()
+def _files(path):
+    """{name with slashes: Path} of all files below a folder, sorted; links are followed, each folder once."""
+    files, seen = {}, set()
     for folder, folders, names in os.walk(path, followlinks=True):
-        real = os.path.realpath(folder)
-        folders[:] = [] if real in seen else folders
-        for name in [] if real in seen else names:
-            full = os.path.join(folder, name)
-            if os.path.isfile(full):                            # no dead links, no pipes
-                files.append((os.path.relpath(full, path).replace(os.sep, "/"), os.stat(full)))
-        seen.add(real)
-    return sorted(files)
+        if os.path.realpath(folder) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(folder))
+        paths = [Path(folder, name) for name in names]
+        files |= {file.relative_to(path).as_posix(): file for file in paths if file.is_file()}
+    return dict(sorted(files.items()))
 
 
-def _zip_members(path):
-    archive, members = zipfile.ZipFile(path), []
-    for info in archive.infolist():
-        name = info.filename.replace("\\", "/")
-        if name.startswith("/") or ".." in name.split("/") or name[1:2] == ":":
-            raise DataError(f"{path}: refused, member {name!r} leads outside of the archive")
-        if stat.S_ISLNK(info.external_attr >> 16):
-            raise DataError(f"{path}: refused, member {name!r} is a link")
-        if not info.is_dir():
-            members.append((name, functools.partial(archive.read, info), info.file_size))
-    return sorted(members, key=lambda member: member[0])
-
-
-def _tar_members(path):
-    """The CIFAR-10 batches in a tar archive, as (name, read function)."""
+def _members(path, files):
+    """{name with slashes: function that returns the file's bytes}, in the archive's order."""
+    def check(name, size):
+        if size > 2 ** 28:
+            raise ValueError(f"{name} has {size:,} bytes, more than 256 MB")
+    if path.is_dir():
+        return {name: file.read_bytes for name, file in files.items()}
     found = {}
-    with tarfile.open(path) as archive:
-        for member in archive:
-            if member.size > MAX_FILE:
-                raise DataError(f"{path}: refused, member {member.name!r} has {member.size:,} bytes; "
-                                "of tar archives only CIFAR-10's are read, unpack others first")
-            name = member.name.rpartition("/")[2]
-            if member.isfile() and name in CIFAR_BATCHES:
-                data = archive.extractfile(member).read()
-                found[name] = (f"{path}:{member.name}", lambda data=data: data)
-    if not found:
-        raise DataError(f"{path}: holds no CIFAR-10 batches; of tar archives only CIFAR-10's are read, "
-                        "unpack others first")
-    return [found[name] for name in CIFAR_BATCHES if name in found]
+    if path.suffix.lower() == ".zip":
+        archive = zipfile.ZipFile(path)
+        for info in archive.infolist():
+            check(info.filename, info.file_size)
+            if not info.is_dir():
+                found[info.filename] = functools.partial(archive.read, info)
+        return found
+    with tarfile.open(path) as archive:                         # compressed whole, so it is read in its own order
+        for info in archive:
+            check(info.name, info.size)
+            if info.isfile():
+                found[info.name] = functools.partial(bytes, archive.extractfile(info).read())
+    return found
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Images in folders. A single folder on top is entered; of train, val, test the train one is; the next level
-# is the class, and the images may lie any depth below it. Images without a folder are unlabelled.
-
-def _layout(path, names):
-    """names -> {name: class or None} of the images to use, and the number that lie in val or test."""
-    parts, total = {name: name.split("/") for name in names}, len(names)
-    def enter(folder):
-        return {name: part[1:] for name, part in parts.items() if part[0] == folder}
-    def tops():
-        return {part[0] if len(part) > 1 else None for part in parts.values()}      # None: not in a folder
-    if len(tops()) == 1 and not tops() & {None, "train"}:
-        parts = enter(*tops())
-    if "train" in tops() and tops() <= {"train", "val", "test"}:
-        parts = enter("train")
-    if None in tops() and len(tops()) > 1:
-        raise DataError(f"{path}: images lie both beside and inside of class folders; "
-                        "move all of them into class folders, or all of them out")
-    return {name: part[0] if len(part) > 1 else None for name, part in parts.items()}, total - len(parts)
-
-
-def _images(path, members, size):
-    """Source of the images among members [(name, read, bytes)]."""
-    skipped, images = collections.Counter(), {}
-    for name, read, length in members:
-        base, suffix = name.rpartition("/")[2], os.path.splitext(name)[1].lower()
-        if suffix not in IMAGE_SUFFIXES or base.startswith(".") or name.startswith("__MACOSX/"):
-            skipped[suffix or base] += 1
-        else:
-            images[name] = read, length
+def _images(path, files, size):
+    """Dataset of the images among the files, with labels by dataset.json or by folder; or of CIFAR-10."""
+    members = _members(path, files)
+    batches = {name.rpartition("/")[2]: read for name, read in members.items()}
+    batches = {name: batches[name] for name in CIFAR_BATCHES if name in batches}
+    if batches:
+        return _cifar(batches, size)
+    images = {name: read for name, read in members.items() if name.lower().endswith(IMAGES)
+              and not name.startswith("__MACOSX/") and not name.rpartition("/")[2].startswith(".")}
     if not images:
-        raise DataError(f"{path}: no images found ({', '.join(IMAGE_SUFFIXES)}), {len(members)} other files")
-    classes, elsewhere = _layout(path, images)
-    class_names = sorted({name for name in classes.values() if name is not None})
-    order = sorted(classes, key=lambda name: (classes[name] or "", name))
-    number = {name: c for c, name in enumerate(class_names)}
-    labels = np.array([number[classes[name]] for name in order]) if class_names else None
-    report = [f"skipped {n:,} files that are not images: {suffix}" for suffix, n in sorted(skipped.items())]
-    report += [f"skipped {elsewhere:,} images in val or test"] if elsewhere else []
-    blocks = _decode(path, [(name, *images[name]) for name in order], size, report)
-    return Source(len(order), blocks, labels=labels, class_names=class_names, report=report)
+        raise ValueError(f"no images ({', '.join(IMAGES[:4])} ...) among its {len(members)} files")
+    if "dataset.json" in members:
+        label_of = _listed(json.loads(members["dataset.json"]()), images)               # {name: int or None}
+    else:
+        label_of = _by_folder(images)                                                   # {name: str or None}
+    classes = sorted({c for c in label_of.values() if c is not None})
+    if classes and "dataset.json" in members:
+        classes = list(range(max(classes) + 1))
+    number = {c: i for i, c in enumerate(classes)}
+    order = sorted(label_of, key=lambda name: (label_of[name] or "", name))
+    labels = [number[label_of[name]] for name in order] if classes else None
+    left_out = len(members) - len(order)
+    return _dataset(_decoded({name: images[name] for name in order}, size), labels, [str(c) for c in classes],
+                    [f"{left_out:,} other files left out"] if left_out else [])
 
 
-def _decode(path, members, size, report):
-    """Yields uint8 blocks [n, 3, H, W], decoded by threads (Pillow lets go of Python's lock)."""
-    sizes, gray, first = collections.Counter(), 0, None
+def _by_folder(names):
+    """{name: class or None}. A single folder on top is entered, and of train, val and test the train one; the
+    next level is the class, and its images lie at any depth. Images without a folder are unlabelled."""
+    below = {name: name.split("/") for name in names}           # folders, still to be entered, and the file
+    while True:
+        tops = {folders[0] if len(folders) > 1 else None for folders in below.values()}         # None: an image
+        if "train" in tops and tops <= {"train", "val", "test"}:
+            top = "train"
+        elif len(tops) == 1 and None not in tops:
+            top, = tops
+        else:
+            break
+        below = {name: folders[1:] for name, folders in below.items() if folders[0] == top}
+    if None in tops and len(tops) > 1:
+        raise ValueError("images lie both beside and inside of class folders")
+    return {name: None if None in tops else folders[0] for name, folders in below.items()}
+
+
+def _listed(listing, images):
+    """{name: class number or None} by EDM's dataset.json: {"labels": [["00000/img00000000.png", 3], ...] or null}."""
+    if listing["labels"] is None:
+        return dict.fromkeys(images)
+    label_of = dict(listing["labels"])
+    for name in sorted(label_of.keys() ^ images.keys()):
+        raise ValueError(f"{name} is {'missing' if name in label_of else 'not listed'} (dataset.json)")
+    if not all(type(c) is int and 0 <= c < 100_000 for c in label_of.values()):
+        raise ValueError("the labels in dataset.json are not class numbers")
+    return label_of
+
+
+def _decoded(images, size):
+    """uint8 [N, 3, H, W] of {name: read function}, decoded by threads (Pillow lets go of Python's lock)."""
+    names = list(images)
+    first = _decode(names[0], images, size)
+    x = np.empty((len(names), *first.shape), np.uint8)
+
+    def place(start):
+        for i, name in enumerate(names[start:start + 64], start):
+            pixels = _decode(name, images, size)
+            if pixels.shape != first.shape:
+                raise ValueError(f"sizes differ, give --size: {names[0]}, {name}")
+            x[i] = pixels
+        return min(start + 64, len(names))
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for start in range(0, len(members), 512):
-            part = members[start:start + 512]
-            block = list(pool.map(lambda member: _decode_one(path, *member, size), part))
-            for (name, _, _), (pixel, found, was_gray) in zip(part, block):
-                sizes[found] += 1
-                gray += was_gray
-                first = first or (name, pixel.shape)
-                if pixel.shape != first[1]:
-                    (_, h, w), (_, h2, w2) = first[1], pixel.shape
-                    raise DataError(f"{path}: images differ in size ({first[0]} {w}x{h}, {name} {w2}x{h2}); "
-                                    "give --size to crop and resize them")
-            yield np.stack([pixel for pixel, _, _ in block])
-    most = ", ".join(f"{w}x{h} ({count:,})" for (w, h), count in sizes.most_common(5))
-    report.append(f"{len(sizes)} sizes seen (width x height): {most}" + (", ..." if len(sizes) > 5 else ""))
-    report += [f"{gray:,} grayscale or palette images converted to RGB"] if gray else []
+        for done in pool.map(place, range(0, len(names), 64)):
+            progress(f"reading images: {done:,} of {len(names):,}", last=done == len(names) > 10_000)
+    return x
 
 
-def _decode_one(path, name, read, length, size):
-    """One image: (uint8 [3, H, W], (width, height) as found, whether it was grayscale or palette)."""
-    if length > MAX_FILE:
-        raise DataError(f"{path}: refused, {name} has {length:,} bytes (limit {MAX_FILE:,})")
+def _decode(name, images, size):
+    """One image: uint8 [3, H, W]."""
     try:
-        image = Image.open(io.BytesIO(read()))
-        if image.width * image.height > MAX_PIXELS:             # known from the header, before decoding
-            raise DataError(f"{path}: refused, {name} has {image.width}x{image.height} pixels "
-                            f"(limit {MAX_PIXELS:,}); shrink or remove it")
-        found, gray = image.size, image.mode not in ("RGB", "RGBA", "CMYK", "YCbCr")
+        image = Image.open(io.BytesIO(images[name]()))
         if image.mode.startswith("I"):                          # 16 bits a pixel
             image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-        return _resize(image.convert("RGB"), size), found, gray
-    except DataError:
-        raise
-    except Exception as error:                                  # Pillow's readers raise many kinds
-        raise DataError(f"{path}: {name} is not a readable image ({_reason(error)}); remove it") from error
+        return _resize(image.convert("RGB"), size)
+    except Exception as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def _resize(image, size):
-    """Center-crops a Pillow RGB image to a square of `size` pixels: uint8 [3, H, W]."""
-    if size is not None and image.size != (size, size):
+    """Center-crops a Pillow RGB image to a square and resizes it to `size` pixels: uint8 [3, H, W]."""
+    if size and image.size != (size, size):
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
         image = image.crop((left, top, left + side, top + side)).resize((size, size), Image.LANCZOS)
     return np.asarray(image).transpose(2, 0, 1)
 
 
-def _resize_block(block, size):
-    """uint8 [n, 3, H, W] -> the same, cropped and resized."""
-    if size is None or block.shape[2:] == (size, size):
-        return block
-    return np.stack([_resize(Image.fromarray(x), size) for x in block.transpose(0, 2, 3, 1)])
+def _resized(x, size):
+    """The same for an array uint8 [N, 3, H, W]."""
+    if size and x.shape[2:] != (size, size):
+        x = np.stack([_resize(Image.fromarray(image), size) for image in x.transpose(0, 2, 3, 1)])
+    return x
 
 
 # ------------------------------------------------------------------------------------------------------------
 # CIFAR-10's training batches. The python version is a pickle, and a pickle can run code: the unpickler below
-# knows three names, all of which only record what they are given.
-
-class _Recorded:
-    def __init__(self, *args):
-        self.args = args
-
-    def __setstate__(self, state):
-        self.state = state
-
+# knows the names that a numpy array and a byte string need, and no other.
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module, name):
-        """The stand-in for a known name; DataError for any other, so that nothing in the pickle runs."""
-        known = {("numpy", "ndarray"): _Recorded, ("numpy", "dtype"): _Recorded,
-                 ("multiarray", "_reconstruct"): _Recorded,
-                 ("_codecs", "encode"): lambda text, coding: text.encode("latin1")}
-        module = module.rpartition(".")[2] if module in NUMPY_MULTIARRAY else module
+        """The function behind a known name; an exception for any other, so that nothing in the pickle runs."""
+        known = {("multiarray", "_reconstruct"): np.empty(0).__reduce__()[0], ("numpy", "ndarray"): np.ndarray,
+                 ("numpy", "dtype"): np.dtype, ("_codecs", "encode"): lambda text, _: text.encode("latin1")}
+        module = module.removeprefix("numpy.core.").removeprefix("numpy._core.")
         if (module, name) not in known:
-            raise DataError(f"refused, it wants to run {module}.{name}")
+            raise ValueError(f"refused, it wants to run {module}.{name}")
         return known[module, name]
 
 
-def _cifar_python(data):
-    """One pickled batch -> (bytes of the images, list of labels)."""
-    batch = _Unpickler(io.BytesIO(data), encoding="bytes").load()
-    batch = {key.decode() if isinstance(key, bytes) else key: value for key, value in batch.items()}
-    shape, dtype, fortran, raw = batch["data"].state[1:]
-    if dtype.args[0] not in ("u1", b"u1") or fortran or shape[1] != 3072 or len(raw) != shape[0] * 3072:
-        raise DataError("images are not bytes [n, 3072]")
-    return raw, batch["labels"]
-
-
-def _cifar_binary(data):
-    """One binary batch: a label byte and 3,072 pixel bytes an image."""
-    if len(data) % 3073:
-        raise DataError(f"{len(data):,} bytes are not a multiple of 3,073")
-    rows = np.frombuffer(data, np.uint8).reshape(-1, 3073)
-    return rows[:, 1:].tobytes(), rows[:, 0].tolist()
-
-
-def _cifar(path, members, size):
-    """Source of CIFAR-10 from members [(name, read)]."""
+def _cifar(batches, size):
+    """Dataset of {file name: read function}. A binary batch is a label byte and 3,072 pixel bytes an image."""
     images, labels = [], []
-    for name, read in members:
+    for name, read in batches.items():
         try:
-            data = read()
-            raw, label = (_cifar_binary if name.endswith(".bin") else _cifar_python)(data)
-            block = np.frombuffer(raw, np.uint8).reshape(-1, 3, 32, 32)
-            if len(block) == 0 or len(label) != len(block):
-                raise DataError(f"{len(block)} images, {len(label)} labels")
-            if not all(type(c) is int and 0 <= c <= 9 for c in label):
-                raise DataError("labels outside of 0 to 9")
-        except Exception as error:                              # unpickling a damaged file may raise anything
-            raise DataError(f"{name}: not a CIFAR-10 batch ({_reason(error)})") from error
-        images.append(block)
-        labels += label
-    blocks = (_resize_block(block, size) for block in images)
-    return Source(len(labels), blocks, labels=np.array(labels), class_names=CIFAR_CLASSES.split(),
-                  report=[f"CIFAR-10, {len(members)} of 5 training batches"])
+            if name.endswith(".bin"):
+                rows = np.frombuffer(read(), np.uint8).reshape(-1, 3073)
+                pixels, label = rows[:, 1:], rows[:, 0]
+            else:
+                batch = _Unpickler(io.BytesIO(read()), encoding="bytes").load()
+                batch = {key.decode() if isinstance(key, bytes) else key: value for key, value in batch.items()}
+                pixels, label = batch["data"], np.array(batch["labels"])
+            _expect("`data`", pixels, pixels.dtype == np.uint8 and pixels.shape == (len(label), 3072),
+                    f"bytes [{len(label)}, 3072]")
+            _expect("`labels`", label, label.dtype.kind in "iu" and 0 <= label.min() <= label.max() < 10, "0 to 9")
+        except Exception as error:
+            raise ValueError(f"{name}: {error}") from None
+        images.append(pixels.reshape(-1, 3, 32, 32))
+        labels.append(label)
+    return _dataset(_resized(np.concatenate(images), size), np.concatenate(labels), CIFAR_CLASSES,
+                    [f"CIFAR-10, {len(batches)} of 5 training batches"])
 
 
 # ------------------------------------------------------------------------------------------------------------
-# .npz files: the header of every array is held against the length of its data before anything is read.
-
-def _npy_header(file, length, where):
-    """Shape, Fortran order and dtype of an open .npy file of `length` bytes."""
-    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    shape, fortran, dtype = read[np.lib.format.read_magic(file)](file)
-    if dtype.hasobject or dtype.itemsize == 0 or dtype.kind not in "biuf":
-        raise DataError(f"{where}: refused, it holds Python objects or text, not numbers")
-    if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != length - file.tell():
-        raise DataError(f"{where}: says {dtype} {list(shape)} but has {length - file.tell():,} bytes")
-    return shape, fortran, dtype
-
-
-def _npz_array(path, name, block_bytes=2 ** 26):
-    """Array `name` of an .npz: (shape, dtype, iterator of blocks of rows)."""
-    archive = zipfile.ZipFile(path)
-    info = archive.getinfo(f"{name}.npy")
-    file = archive.open(info)
-    shape, fortran, dtype = _npy_header(file, info.file_size, f"{path}: `{name}`")
-    def blocks():
-        n, row = (shape or (1,))[0], math.prod(shape[1:]) * dtype.itemsize
-        rows = n if fortran else max(1, block_bytes // max(row, 1))
-        for start in range(0, n, max(rows, 1)):
-            block = np.frombuffer(file.read(min(rows, n - start) * row), dtype)
-            yield block.reshape(shape[::-1]).T if fortran else block.reshape(-1, *shape[1:])
-    return shape, dtype, blocks()
-
+# An .npz file of images or latents.
 
 def _npz(path, size):
-    """Source of an .npz with `images` or `latents`."""
-    with zipfile.ZipFile(path) as archive:
-        names = [name.removesuffix(".npy") for name in archive.namelist()]
-    kind = "latent" if "latents" in names else "image"
-    if f"{kind}s" not in names:
-        raise DataError(f"{path}: no `images` or `latents` in it but {', '.join(names)[:200] or 'nothing'}")
-    shape, dtype, blocks = _npz_array(path, f"{kind}s")
-    right = dtype == np.uint8 if kind == "image" else dtype.kind == "f"
-    if not right or len(shape) != 4 or min(shape) < 1 or (kind == "image" and 3 not in (shape[1], shape[3])):
-        wanted = "uint8 [N, 3, H, W] or [N, H, W, 3]" if kind == "image" else "float [N, C, H, W]"
-        raise DataError(f"{path}: `{kind}s` is {dtype} {list(shape)}, wanted {wanted}")
-    if kind == "latent" and size is not None:
-        raise DataError(f"{path}: --size is for images, these are latents")
-    labels = _npz_vector(path, "labels", shape[0], "iu") if "labels" in names else None
-    if labels is not None and not 0 <= labels.min() <= labels.max() <= MAX_CLASSES:
-        raise DataError(f"{path}: `labels` are {labels.min()} to {labels.max()}, not 0 to {MAX_CLASSES}")
-    classes = [] if labels is None else [str(c) for c in range(labels.max() + 1)]
+    """Dataset of its `images` or `latents`."""
+    with np.load(path, allow_pickle=False) as file:
+        kind = "latent" if "latents" in file else "image"
+        x, labels = file[f"{kind}s"], file["labels"] if "labels" in file else None
+        moments = [file[name] for name in ("mean", "std") if name in file]
+    right = x.ndim == 4 and x.size and (x.dtype.kind == "f" if kind == "latent" else x.dtype == np.uint8)
+    _expect(f"`{kind}s`", x, right, "uint8 images or float latents [N, C, H, W]")
+    classes = []
+    if labels is not None:
+        right = labels.dtype.kind in "iu" and labels.shape == x.shape[:1] and 0 <= labels.min() and labels.max() < 1e5
+        _expect("`labels`", labels, right, f"class numbers [{len(x)}]")
+        classes = [str(c) for c in range(labels.max() + 1)]
     if kind == "image":
-        blocks = (block if shape[1] == 3 else block.transpose(0, 3, 1, 2) for block in blocks)
-        return Source(shape[0], (_resize_block(block, size) for block in blocks), kind, labels, classes)
-    moments = None
-    if "mean" in names and "std" in names:
-        moments = [_npz_vector(path, name, shape[1], "f") for name in ("mean", "std")]
-        if not np.isfinite(moments).all() or not (moments[1] > 0).all():
-            raise DataError(f"{path}: `mean` and `std` must be finite, std above 0")
-    return Source(shape[0], (_finite(path, block) for block in blocks), kind, labels, classes, moments)
-
-
-def _npz_vector(path, name, length, kinds):
-    shape, dtype, blocks = _npz_array(path, name)
-    if dtype.kind not in kinds or shape != (length,):
-        wanted = "integers" if kinds == "iu" else "floats"
-        raise DataError(f"{path}: `{name}` is {dtype} {list(shape)}, wanted {wanted} [{length}]")
-    return np.concatenate(list(blocks))
-
-
-def _finite(path, latents):
-    if not np.isfinite(latents).all():
-        raise DataError(f"{path}: `latents` holds NaN or infinite values; encode the images again")
-    return latents.astype(np.float16 if latents.dtype.itemsize == 2 else np.float32)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The cache: a folder a data set, made under a temporary name and renamed when it is complete.
-
-def _build(source, cache, target, path):
-    """Writes a source into the cache and returns the Dataset; `path` names it on the progress line."""
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix="unfinished-", dir=cache))
-    except OSError as error:
-        raise DataError(f"{cache}: cannot write the cache ({_reason(error)}); set DATA_CACHE") from error
-    try:
-        moments = _write(source, folder / "x.npy", cache, path)
-        labels = np.zeros(0) if source.labels is None else source.labels
-        np.save(folder / "labels.npy", labels.astype(np.int64))
-        meta = dict(kind=source.kind, class_names=source.class_names, report=source.report)
-        meta["moments"] = [m.astype(float).tolist() for m in source.moments or moments or []]
-        meta["fingerprint"] = _fingerprint(folder, meta)
-        (folder / "meta.json").write_text(json.dumps(meta))
-        shutil.rmtree(target, ignore_errors=True)
-        with contextlib.suppress(OSError):                      # another process may have just made it
-            folder.rename(target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    found = _read_cache(target)
-    if found is None:
-        raise DataError(f"{target}: the cache reads back wrong; check the disk or set DATA_CACHE")
-    return found
-
-
-def _write(source, file_name, cache, path):
-    """Writes x.npy block by block; returns the per-channel [mean, std] of latents."""
-    done, began, total, square = 0, time.monotonic(), 0, 0
-    with open(file_name, "wb") as file:
-        for block in source.blocks:
-            block = np.ascontiguousarray(block)
-            if done == 0:
-                shape, need = (source.count, *block.shape[1:]), source.count * block[0].nbytes
-                if need > shutil.disk_usage(cache).free:
-                    raise DataError(f"{cache}: needs {need:,} bytes, more than are free; set DATA_CACHE")
-                header = dict(descr=block.dtype.str, fortran_order=False, shape=shape)
-                np.lib.format.write_array_header_2_0(file, header)
-            file.write(block)
-            done += len(block)
-            if source.kind == "latent":
-                total = total + block.sum((0, 2, 3), dtype=np.float64)
-                square = square + np.square(block, dtype=np.float64).sum((0, 2, 3))
-            if path and time.monotonic() - began > 1:
-                progress(f"reading {path}: {done:,} of {source.count:,}", last=done == source.count)
-    if source.kind == "latent":
-        mean = total / (done * block[0, 0].size)
-        return mean, np.sqrt(np.maximum(square / (done * block[0, 0].size) - mean ** 2, 1e-12))
-
-
-def _fingerprint(folder, meta):
-    """Hash of the content: array, labels, class names, and the moments of latents."""
-    digest = hashlib.sha256(json.dumps([meta[name] for name in ("kind", "class_names", "moments")]).encode())
-    for name in ("x.npy", "labels.npy"):
-        with open(folder / name, "rb") as file:
-            while part := file.read(2 ** 20):
-                digest.update(part)
-    return digest.hexdigest()
-
-
-def _read_cache(folder):
-    """The Dataset in a cache folder; None if there is none or it is damaged."""
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-        if meta["fingerprint"] != _fingerprint(folder, meta):
-            return None
-        x = torch.from_numpy(np.load(folder / "x.npy", mmap_mode="c"))          # changes never reach the file
-        labels = torch.from_numpy(np.load(folder / "labels.npy", allow_pickle=False))
-    except (OSError, ValueError, KeyError, TypeError, EOFError):
-        return None
-    n, c, h, w = x.shape
-    report = [f"{n:,} {meta['kind']}s of {c}x{h}x{w}, {x.nbytes / 2 ** 20:,.0f} MiB", "no labels"]
-    if meta["class_names"]:
-        count = torch.bincount(labels)
-        report[1] = f"{len(count):,} classes of {count.min():,} to {count.max():,} examples"
-    return Dataset(x, labels if meta["class_names"] else None, meta["class_names"], meta["kind"],
-                   *([torch.tensor(m) for m in meta["moments"]] or [None, None]),
-                   meta["fingerprint"], report + meta["report"])
+        x = x if x.shape[1] == 3 else x.transpose(0, 3, 1, 2)
+        _expect("`images`", x, x.shape[1] == 3, "three channels")
+        return _dataset(_resized(x, size), labels, classes)
+    if size or not np.isfinite(x).all():
+        raise ValueError("--size is for images" if size else "`latents` holds NaN or infinite values")
+    x = x.astype(np.float16 if x.dtype.itemsize == 2 else np.float32)
+    if len(moments) < 2:
+        moments = [np.array([f(x[:, c], dtype=np.float64) for c in range(x.shape[1])]) for f in (np.mean, np.std)]
+        moments[1] = np.maximum(moments[1], 1e-6)
+    for name, m in zip(("mean", "std"), moments):
+        right = m.dtype.kind == "f" and m.shape == x.shape[1:2] and np.isfinite(m).all() and (name == "mean" or m.min() > 0)
+        _expect(f"`{name}`", m, right, f"finite, std above 0 [{x.shape[1]}]")
+    return _dataset(x, labels, classes, kind=kind, mean=moments[0].tolist(), std=moments[1].tolist())
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -791,9 +745,6 @@ def _read_cache(folder):
 
 def long_tail(labels, ratio, seed=0):
     """Sorted indices (LongTensor) of such a subset of labels [N], random within a class; ratio R >= 1."""
-    if not 1 <= ratio < math.inf:
-        raise DataError(f"--imbalance {ratio}: must be at least 1")
-    labels = torch.as_tensor(labels).cpu()
     K, most, kept = int(labels.max()) + 1, int(torch.bincount(labels).max()), []
     for c in range(K):
         members = torch.nonzero(labels == c)[:, 0]
@@ -809,97 +760,66 @@ def long_tail(labels, ratio, seed=0):
 #   moderate    closeness of the distance from the class's median feature to the median of these distances
 #   random      a random number
 
+PRUNE_SCORES = ("gaussian", "knn", "moderate", "random")
+
+
 def prune(features, labels, keep, score="gaussian", k=5, seed=0):
     """Sorted kept indices (LongTensor) of features [N, d] with labels [N] (None: one class). `keep` in (0, 1]
-    is the kept fraction; class counts are exact by largest remainder, but at least one a class."""
+    is the fraction that is kept of each class, at least one example."""
     return prune_by(prune_scores(features, labels, score, k, seed), labels, keep)
 
 
 def prune_by(scores, labels, keep):
     """As `prune`, for scores [N] at hand; equal scores are kept in the order of their indices."""
-    if not 0 < keep <= 1:
-        raise DataError(f"--keep {keep}: a fraction must be above 0 and at most 1")
-    kept, groups = [], _classes(labels, len(scores))
-    for members, n in zip(groups, _quotas([len(members) for members in groups], keep)):
-        kept.append(members[torch.sort(scores[members], descending=True, stable=True).indices[:n]])
+    kept = [members[torch.sort(scores[members], descending=True, stable=True).indices]
+            [:max(1, round(keep * len(members)))] for members in of_classes(labels, len(scores))]
     return torch.cat(kept).sort().values
 
 
 def prune_scores(features, labels, score="gaussian", k=5, seed=0):
-    """The score of every example, float32 [N], higher = kept first; comparable within a class only."""
-    features = torch.as_tensor(features)
-    if score not in PRUNE_SCORES:
-        raise DataError(f"--prune {score}: must be one of {', '.join(PRUNE_SCORES)}")
-    if features.ndim != 2 or (labels is not None and len(labels) != len(features)):
-        raise DataError(f"features {list(features.shape)} do not fit the labels, wanted [N, d]")
-    if not torch.isfinite(features).all():
-        raise DataError("features hold NaN or infinite values; compute them again")
+    """The score of every example, float64 [N], higher = kept first; comparable within a class only."""
     if score == "random":
-        return torch.rand(len(features), generator=stream(seed, 0, "prune"))
-    scores = torch.empty(len(features))
-    for members in _classes(labels, len(features)):
-        x = features[members.to(features.device)].to(torch.float32)
-        scores[members] = PRUNE_SCORES[score](x - x.mean(0), k).to(torch.float32).cpu()
+        return torch.rand(len(features), generator=stream(seed, 0, "prune"), dtype=torch.float64)
+    function = dict(gaussian=_gaussian, knn=_knn, moderate=_moderate)[score]
+    scores = torch.empty(len(features), dtype=torch.float64)
+    for members in of_classes(labels, len(features)):
+        x = double(features[members])
+        scores[members] = function(x - x.mean(0), k).cpu()
     return scores
 
 
-def _classes(labels, n):
+def of_classes(labels, n):
     """The indices of each class that has examples, sorted."""
-    labels = torch.zeros(n, dtype=torch.int64) if labels is None else torch.as_tensor(labels).cpu()
-    order = torch.argsort(labels, stable=True)
-    return torch.split(order, [count for count in torch.bincount(labels).tolist() if count])
+    labels = torch.zeros(n, dtype=torch.int64) if labels is None else labels
+    return torch.split(labels.argsort(stable=True), [count for count in torch.bincount(labels).tolist() if count])
 
 
-def _quotas(counts, keep):
-    """Kept examples a class: largest remainder, the total round(keep N), every class at least one."""
-    exact = np.array(counts) * keep
-    total = max(round(sum(counts) * keep), len(counts))
-    quota = np.maximum(np.floor(exact + 1e-9), 1)
-    while quota.sum() < total:
-        quota[np.argmax(exact - quota)] += 1
-    while quota.sum() > total:                                  # the classes raised to one took too many
-        quota[np.argmin(np.where(quota > 1, exact - quota, np.inf))] -= 1
-    return quota.astype(int).tolist()
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The scores, for the centered features x [n, d] of one class. The Gaussian's covariance is shrunk towards
-# a multiple of the identity by OAS (https://arxiv.org/abs/0907.4698), which keeps it invertible for n < d.
-
-def _score_gaussian(x, k):
+def _gaussian(x, k):
+    """Log-density of centered x [n, d]; the covariance is shrunk towards a multiple of the identity by OAS
+    (https://arxiv.org/abs/0907.4698), which keeps it invertible for n < d."""
     n, d = x.shape
-    S = sum(part.T @ part for part in (chunk.double() for chunk in x.split(4096))) / n  # [d, d]
+    S = x.T @ x / n                                                                     # [d, d]
     trace, square = S.trace(), S.square().sum()                                         # tr S, tr S^2
     if trace <= 0:                                                                      # all alike
         return torch.zeros(n)
     rho = ((1 - 2 / d) * square + trace ** 2) / ((n + 1 - 2 / d) * (square - trace ** 2 / d).clamp(min=1e-30))
     rho = rho.clamp(1e-6, 1)
     S = (1 - rho) * S + rho * trace / d * torch.eye(d, dtype=S.dtype, device=S.device)
-    L = torch.linalg.cholesky(S)
-    quad = [torch.linalg.solve_triangular(L, part.T.double(), upper=False).square().sum(0)
-            for part in x.split(4096)]
-    return -0.5 * (torch.cat(quad) + d * math.log(2 * math.pi)) - L.diagonal().log().sum()
+    return torch.distributions.MultivariateNormal(torch.zeros_like(S[0]), S).log_prob(x)
 
 
-def _score_knn(x, k):
-    n, square = len(x), x.square().sum(1)                                               # [n]
-    if n == 1:
-        return torch.zeros(1)
-    scores = []
-    for start in range(0, n, 1024):
-        part = x[start:start + 1024]
-        distance2 = square + square[start:start + 1024, None] - 2 * part @ x.T          # [1024, n]
-        distance2.diagonal(start).fill_(math.inf)                                       # but not itself
-        scores.append(-distance2.topk(min(k, n - 1), largest=False).values[:, -1].clamp(min=0).sqrt())
-    return torch.cat(scores)
+def _knn(x, k):
+    return -neighbour_distance(x, min(k, len(x) - 1))
 
 
-def _score_moderate(x, k):
+def _moderate(x, k):
     distance = (x - x.median(0).values).norm(dim=1)
     return -(distance - distance.median()).abs()
 
 
-PRUNE_SCORES = dict(gaussian=_score_gaussian, knn=_score_knn, moderate=_score_moderate, random=None)
+def neighbour_distance(x, k, block=2048):
+    """The distance [n] from each of x float64 [n, d] to its k-th nearest neighbour in x; 0 = to itself."""
+    return torch.cat([torch.cdist(rows, x).kthvalue(k + 1).values for rows in x.split(block)])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -907,185 +827,155 @@ PRUNE_SCORES = dict(gaussian=_score_gaussian, knn=_score_knn, moderate=_score_mo
 
 def pixel_features(dataset, dims=64):
     """float32 [N, min(dims, 64 C)] of a Dataset of images or latents, on the CPU."""
-    small = [torch.nn.functional.adaptive_avg_pool2d(dataset.take(index), 8).flatten(1).cpu()
-             for index in torch.arange(len(dataset), device=dataset.x.device).split(1024)]
-    x = torch.cat(small)                                                                # [N, 64 C]
+    x = torch.cat([torch.nn.functional.adaptive_avg_pool2d(dataset.take(index), 8).flatten(1)
+                   for index in torch.arange(len(dataset)).split(1024)])                # [N, 64 C]
     x = x - x.mean(0)
-    covariance = sum(part.T @ part for part in (chunk.double() for chunk in x.split(4096)))
-    axes = torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, :dims]                 # largest first
-    return x @ axes.to(x.dtype)
+    axes = torch.linalg.eigh(x.T.double() @ x.double()).eigenvectors.flip(1)[:, :dims]  # largest first
+    return x @ axes.float()
+
+
+def load_npy(path, what, n):
+    """The array in a .npy file of numbers: `what` = "kept indices" int64 [M], sorted, of `n` examples, or
+    "features" float32 [n, d]. DataError for anything else."""
+    with reading(path, f"{what} for {n:,} examples (.npy)"):
+        array = np.load(path, allow_pickle=False)
+        if what == "features":
+            right = array.ndim == 2 and len(array) == n and np.isfinite(array).all()
+            _expect("it", array, right, f"finite [{n}, d]")
+            return torch.from_numpy(array.astype(np.float32))
+        right = array.ndim == 1 and array.dtype.kind in "iu" and 0 <= array.min() <= array.max() < n
+        _expect("it", array, right, f"indices below {n}")
+        return torch.from_numpy(array.astype(np.int64)).unique()
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Class weights by group DRO, DoReMi's update (https://arxiv.org/abs/2305.10429): with e_c the mean over class
-# c of max(loss(proxy) - loss(reference), 0),  alpha_c <- alpha_c exp(eta e_c), normalized, and mixed with the
-# uniform weights.
+# Class weights by group DRO, in DoReMi's form (https://arxiv.org/abs/2305.10429, algorithm 1): with e_c the mean
+# over class c of max(loss(proxy) - loss(reference), 0),  alpha_c <- alpha_c exp(eta e_c), normalized, and mixed
+# with the uniform weights. The result is the running mean of alpha.
 
-def dro_update(log_weights, excess, labels, eta, smoothing=1e-3):
-    """One step: log_weights [K], excess losses [B], labels int64 [B] -> log_weights [K], whose exp sums to 1.
-    A class without examples in the batch has e_c = 0, and so counts an excess that is not finite."""
-    K = len(log_weights)
-    excess = excess.detach().to(log_weights.dtype).clamp(min=0).nan_to_num(nan=0, posinf=0)
-    total = torch.zeros_like(log_weights).index_add(0, labels, excess)                  # [K]
-    count = torch.zeros_like(log_weights).index_add(0, labels, torch.ones_like(excess))
-    log_alpha = torch.log_softmax(log_weights + eta * total / count.clamp(min=1), 0)
-    if smoothing == 0:
-        return log_alpha
-    uniform = torch.full_like(log_alpha, math.log(smoothing) - math.log(K))
-    return torch.logaddexp(log_alpha + math.log1p(-smoothing), uniform)
+class GroupDRO(torch.nn.Module):
+    """`weights` [classes] and `mean` [classes], their running mean, both of sum 1. A class with fewer than
+    `min_count` examples in a batch keeps its last e_c: with 0 instead, it would sink by the rate of its rarity."""
 
+    def __init__(self, classes, eta=0.01, smoothing=1e-3, min_count=2):
+        super().__init__()
+        self.eta, self.smoothing, self.min_count = eta, smoothing, min_count
+        self.register_buffer("log_weights", torch.full((classes,), -math.log(classes)))
+        self.register_buffer("excess", torch.zeros(classes))
+        self.register_buffer("total", torch.zeros(classes))
+        self.register_buffer("steps", torch.zeros([]))
 
-# ------------------------------------------------------------------------------------------------------------
-# Files of kept indices and of features.
+    @torch.no_grad()
+    def update(self, excess, labels):
+        """One step from the excess losses [B] of examples with labels int64 [B]."""
+        excess = excess.to(self.excess.dtype).clamp(min=0).nan_to_num(nan=0, posinf=0)
+        total = torch.zeros_like(self.excess).index_add(0, labels, excess)              # [classes]
+        count = torch.zeros_like(self.excess).index_add(0, labels, torch.ones_like(excess))
+        self.excess = torch.where(count >= self.min_count, total / count.clamp(min=1), self.excess)
+        alpha = torch.softmax(self.log_weights + self.eta * self.excess, 0)
+        alpha = (1 - self.smoothing) * alpha + self.smoothing / len(alpha)
+        self.log_weights = alpha.log()
+        self.total = self.total + alpha
+        self.steps = self.steps + 1
 
-def save_keep(path, index):
-    """Writes kept indices as int64 .npy, complete or not at all."""
-    with open(f"{path}.unfinished", "wb") as file:
-        np.save(file, np.asarray(index, dtype=np.int64))
-    os.replace(f"{path}.unfinished", path)
+    @property
+    def weights(self):
+        return self.log_weights.exp()
 
-
-def load_keep(path, n):
-    """Kept indices (sorted LongTensor) from a .npy file, for a data set of n examples."""
-    index = _load_npy(path)
-    if index.ndim != 1 or index.dtype.kind not in "iu" or len(index) == 0:
-        raise DataError(f"{path}: is {index.dtype} {list(index.shape)}, wanted kept indices, integers [M]")
-    index = np.unique(index)
-    if index[0] < 0 or index[-1] >= n:
-        raise DataError(f"{path}: keeps {index[0]} to {index[-1]} of 0 to {n - 1}: made for other data")
-    return torch.from_numpy(index.astype(np.int64))
-
-
-def load_features(path, n):
-    """float32 [n, d] from a .npy file, for a data set of n examples."""
-    features = _load_npy(path)
-    if features.ndim != 2 or len(features) != n:
-        raise DataError(f"{path}: is {features.dtype} {list(features.shape)}, wanted features [{n}, d]")
-    features = torch.from_numpy(features.astype(np.float32))
-    if not features.isfinite().all():
-        raise DataError(f"{path}: holds NaN, or values that float32 cannot hold; compute the features again")
-    return features
-
-
-def _load_npy(path):
-    try:
-        with open(path, "rb") as file:
-            shape, fortran, dtype = _npy_header(file, os.path.getsize(path), path)
-            array = np.frombuffer(file.read(), dtype)
-        return array.reshape(shape[::-1]).T if fortran else array.reshape(shape)
-    except DataError:
-        raise
-    except Exception as error:
-        raise DataError(f"{path}: not a readable .npy file ({_reason(error)})") from error
+    @property
+    def mean(self):
+        return torch.where(self.steps > 0, self.total / self.steps.clamp(min=1), self.weights)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Pictures: a grid, and what a pruning score means.
+# Pictures: a grid of images, a density, panels beside or below one another.
 
 def image_grid(images, columns, side=None):
-    """Pillow image of uint8 [n, 3, H, W], row by row, each drawn `side` pixels wide (None: as it is)."""
-    images = [Image.fromarray(x.permute(1, 2, 0).contiguous().numpy()) for x in images.cpu()]
-    w, h = (side, side) if side else images[0].size
-    grid = Image.new("RGB", (columns * w, -(-len(images) // columns) * h), "white")
-    for i, image in enumerate(images):
-        grid.paste(image.resize((w, h), Image.BICUBIC), (i % columns * w, i // columns * h))
+    """Pillow image of uint8 [n, C, H, W] or latents, row by row, each `side` pixels wide (None: at least 48)."""
+    if images.dtype != torch.uint8:                             # of latents the first three channels
+        images = (images.float() / images.float().std().clamp_min(1e-6) * 50 + 128).clamp(0, 255).to(torch.uint8)
+    images = images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
+    side = side or max(48, images.shape[-1])
+    grid = Image.new("RGB", (columns * side, max(1, -(-len(images) // columns)) * side), "white")
+    for i, image in enumerate(images.cpu()):
+        image = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).resize((side, side), Image.BICUBIC)
+        grid.paste(image, (i % columns * side, i // columns * side))
     return grid
 
 
-def density_picture(points, size=400, side=3.0):
-    """Pillow image of points [n, 2] in a square of this side: log-density from -4 (white) to 3 (black)."""
-    rows, columns = ((-points[:, 1] / side + 0.5) * size).long(), ((points[:, 0] / side + 0.5) * size).long()
-    inside = (rows >= 0) & (rows < size) & (columns >= 0) & (columns < size)
-    counts = torch.bincount((rows * size + columns)[inside], minlength=size * size)
-    return log_density_picture((counts * (size / side) ** 2 / len(points)).log().reshape(size, size))
+def density_picture(density, size=400, side=3.0):
+    """Pillow image of a square of this side: log-density from -4 (white) to 3 (black) of points [n, 2] or of a Tree."""
+    if isinstance(density, Tree):
+        ticks = (torch.arange(size) + 0.5) / size * side - side / 2
+        cells = torch.stack(torch.meshgrid(ticks, -ticks, indexing="xy"), dim=-1).reshape(-1, 2)
+        logp = density.logp(cells.to(density.device)).cpu()
+    else:
+        cell = ((density.cpu() * torch.tensor([1, -1]) / side + 0.5) * size).floor().long()     # column, row
+        cell = cell[((cell >= 0) & (cell < size)).all(1)]
+        counts = torch.bincount(cell[:, 1] * size + cell[:, 0], minlength=size * size)
+        logp = (counts * (size / side) ** 2 / len(density)).log()
+    return Image.fromarray((255 - ((logp + 4) / 7).clamp(0, 1) * 255).to(torch.uint8).view(size, size).numpy())
 
 
-def log_density_picture(logp):
-    """Pillow image of a log-density [size, size], from -4 (white) to 3 (black)."""
-    return Image.fromarray((255 - ((logp + 4) / 7).clamp(0, 1) * 255).to(torch.uint8).numpy())
-
-
-def coreset_picture(dataset, scores, keep, columns=8, side=48):
-    """Pillow image: of each of the first ten classes the best-kept, last-kept and first-dropped images."""
-    groups, left, top, part = _classes(dataset.labels, len(dataset))[:10], 96, 20, columns * side + 12
-    canvas = Image.new("RGB", (left + 3 * part, top + len(groups) * (side + 4)), "white")
-    draw = ImageDraw.Draw(canvas)
-    for i, title in enumerate(("best kept", "last kept (nearest the border first)", "first dropped")):
-        draw.text((left + i * part, 4), title, fill="black")
-    for row, members in enumerate(groups):
-        y, n = top + row * (side + 4), int(torch.isin(members, keep).sum())
-        draw.text((4, y + side // 2 - 6), _class_name(dataset, members)[:15], fill="black")
-        ranked = members[torch.sort(scores[members], descending=True, stable=True).indices]
-        for i, chosen in enumerate((ranked[:n], ranked[:n].flip(0), ranked[n:])):
-            if len(chosen):
-                images = dataset.x[chosen[:columns].to(dataset.x.device)]
-                canvas.paste(image_grid(images, columns, side), (left + i * part, y))
+def panels(pictures, titles, across=True):
+    """Pillow image of pictures with a title each, side by side or below one another."""
+    width = sum(p.width + 8 for p in pictures) if across else max(p.width for p in pictures)
+    height = max(p.height for p in pictures) + 24 if across else sum(p.height + 32 for p in pictures)
+    canvas, x, y = Image.new("RGB", (width, height), "white"), 0, 0
+    for picture, title in zip(pictures, titles):
+        canvas.paste(picture, (x, y + 24))
+        ImageDraw.Draw(canvas).text((x + 4, y + 2), title, fill="black", font=ImageFont.load_default(16))
+        x, y = (x + picture.width + 8, 0) if across else (0, y + picture.height + 32)
     return canvas
 
 
-def _class_name(dataset, members):
-    return dataset.class_names[dataset.labels[members[0]]] if dataset.classes else "all"
+def coreset_picture(dataset, scores, keep, columns=8):
+    """Pillow image of the best-kept, last-kept and first-dropped images, of each of the first ten classes a row."""
+    parts, names = [[], [], []], dataset.class_names or ["all"]
+    for members in of_classes(dataset.labels, len(dataset))[:10]:
+        ranked = members[torch.sort(scores[members], descending=True, stable=True).indices]
+        n = int(torch.isin(members, keep).sum())
+        for part, chosen in zip(parts, (ranked[:n], ranked[:n].flip(0), ranked[n:])):
+            part.append(image_grid(dataset.x[chosen[:columns]], columns))
+    return panels([panels(part, names, across=False) for part in parts],
+                  ["best kept", "last kept, nearest the border first", "first dropped"])
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Command line: what a data set holds, and pruning without training.
 
-def parser():
-    p = argparse.ArgumentParser(description="Report what a data set holds; prune it to a coreset.")
-    p.add_argument("data", metavar="DATA", help="folder, .zip, .tar.gz (CIFAR-10) or .npz")
-    p.add_argument("--size", type=int, metavar="PIXELS", help="center-crop and resize (default: as they are)")
-    p.add_argument("--keep", type=float, metavar="FRACTION", help="fraction to keep, above 0, at most 1 "
-                   "(default: report only)")
-    p.add_argument("--prune", choices=PRUNE_SCORES, default="gaussian", help="score (default: gaussian)")
-    p.add_argument("--features", default="pixels", metavar="pixels|FILE.npy", help="what the score sees: "
-                   "principal components of the images at 8x8 (default: pixels), or an array [N, d]")
-    p.add_argument("--k", type=int, default=5, help="the neighbour that knn looks at (default: 5)")
-    p.add_argument("--out", default="keep.npy", metavar="FILE.npy", help="kept indices (default: keep.npy)")
-    p.add_argument("--show", metavar="FILE.png", help="picture of best-kept, last-kept, first-dropped images")
-    p.add_argument("--seed", type=int, default=0, help="of --prune random (default: 0)")
+def build_parser():
+    p = parser("Report what a data set holds; prune it to a coreset.", "DATA [flags]")
+    p.add_argument("data", metavar="DATA", help="folder, .zip, .tar, CIFAR-10 or .npz")
+    p.add_argument("--size", type=number(int, "[1, 4096]"), help="center-crop and resize to this many pixels")
+    p.add_argument("--keep", type=number(float, "(0, 1]"), help="fraction of each class to keep (else: report only)")
+    p.add_argument("--prune", choices=PRUNE_SCORES, default="gaussian", help="score")
+    p.add_argument("--features", default="pixels", help="what the score sees: pixels (principal components at 8x8), "
+                   "or a .npy file [N, d] such as fid.py --save-features writes")
+    p.add_argument("--k", type=number(int, "[1, inf)"), default=5, help="the neighbour that knn looks at")
+    p.add_argument("--out", default="keep.npy", help="kept indices")
+    p.add_argument("--show", help="picture (PNG) of best-kept, last-kept and first-dropped images")
+    p.add_argument("--seed", type=number(int, "[0, inf)"), default=0, help="of --prune random")
     return p
 
 
 def run(args):
     """Carry out the command: print the report and, with --keep, write the kept indices and the picture."""
-    if args.keep is not None and not 0 < args.keep <= 1:
-        raise DataError(f"--keep {args.keep}: a fraction must be above 0 and at most 1")
-    if args.k < 1:
-        raise DataError(f"--k {args.k}: must be at least 1")
     dataset = load(args.data, args.size)
     print("\n".join(dataset.report))
     if args.keep is None:
         return
-    if args.show and dataset.kind != "image":
-        raise DataError("--show: latents cannot be drawn, leave it out")
-    pixel = args.features == "pixels"
-    features = pixel_features(dataset) if pixel else load_features(args.features, len(dataset))
+    pixels = args.features == "pixels"
+    features = pixel_features(dataset) if pixels else load_npy(args.features, "features", len(dataset))
     scores = prune_scores(features, dataset.labels, args.prune, args.k, args.seed)
     keep = prune_by(scores, dataset.labels, args.keep)
-    print(f"\n{'class':<20} {'kept':>8} {'of':>8} {'lowest':>12} {'lowest kept':>12} {'highest':>12}")
-    for members in _classes(dataset.labels, len(dataset)):
-        kept, every = scores[members[torch.isin(members, keep)]], scores[members]
-        print(f"{_class_name(dataset, members):<20.20} {len(kept):>8,} {len(every):>8,} "
-              f"{every.min():>12.4g} {kept.min():>12.4g} {every.max():>12.4g}")
-    for path, write in ((args.out, lambda: save_keep(args.out, keep)),
-                        (args.show, lambda: coreset_picture(dataset, scores, keep).save(args.show))):
-        try:
-            if path:
-                write()
-                print(f"wrote {path}")
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path}: cannot be written ({_reason(error)})") from error
-
-
-def main(argv=None):
-    """The command line; exits with status 2 and one line on stderr for a DataError."""
-    args = parser().parse_args(argv)
-    try:
-        run(args)
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    print(f"kept {len(keep):,} of {len(dataset):,}")
+    with writing(args.out) as file:
+        np.save(file, keep.numpy())
+    if args.show:
+        with writing(args.show) as file:
+            coreset_picture(dataset, scores, keep).save(file, format="PNG")
 
 
 if __name__ == "__main__":
-    main()
+    command(run, build_parser())

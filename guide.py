@@ -5,42 +5,33 @@ of EDM (arXiv 2206.00364, algorithms 1 and 2). Used by `sample.py`:
 
     python sample.py runs/tree-ajest --guidance 3 --out samples.npz
 """
+import math
+
 import numpy as np
 import torch
 
 
 # ------------------------------------------------------------------------------------------------------------
-# D_w = D_guide + w (D_main - D_guide) (2406.02507 eq. 3). Classifier-free guidance is the case
-# guide = Unlabelled(main).
+# Autoguidance: D_w = D_guide + w (D_main - D_guide) (2406.02507 eq. 3). A denoiser is called with the noise level
+# as a number on the host, so that an interval is decided there; its tensor is made on the device, never copied.
 
-class Autoguided:
-    """A denoiser made of two. w = 1 is the main model alone, w = 0 the guide alone, w > 1 guides.
+def autoguided(main, guide=None, w=1.0, interval=(0.0, math.inf)):
+    """The denoiser to sample with: (x [N, ...], sigma as a number, labels [N] or None) -> D [N, ...].
 
-    interval = (lo, hi) restricts guidance to lo <= sigma <= hi (2404.07724); outside of it the guide is not
-    run. Raises ValueError where the two denoise different shapes.
+    main and guide take sigma [N]. w = 1 is the main model alone, w = 0 the guide alone, w > 1 guides; outside of
+    `interval` = (lo, hi) (2404.07724) the guide is not run. ValueError where the two denoise different things.
     """
+    if w != 1 and (guide.shape, guide.classes) != (main.shape, main.classes):
+        raise ValueError(f"it denoises {list(guide.shape)} with {guide.classes} labels, "
+                         f"the model {list(main.shape)} with {main.classes}")
 
-    def __init__(self, main, guide, w, interval=None):
-        if getattr(guide, "shape", None) != getattr(main, "shape", None):
-            raise ValueError(f"the guide denoises {guide.shape}, the main model {main.shape}")
-        self.main, self.guide, self.w, self.interval, self.shape = main, guide, w, interval, main.shape
-
-    def __call__(self, x, sigma, labels=None):
-        inside = self.interval is None or self.interval[0] <= float(sigma) <= self.interval[1]
-        if self.w == 1 or not inside:
-            return self.main(x, sigma, labels)
-        D_guide = self.guide(x, sigma, labels)
-        return D_guide if self.w == 0 else torch.lerp(D_guide, self.main(x, sigma, labels), self.w)
-
-
-class Unlabelled:
-    """The same denoiser without its label: the guide that makes autoguidance classifier-free guidance."""
-
-    def __init__(self, denoiser):
-        self.denoiser, self.shape = denoiser, denoiser.shape
-
-    def __call__(self, x, sigma, labels=None):
-        return self.denoiser(x, sigma, None)
+    def denoise(x, sigma, labels=None):
+        level = torch.full((len(x),), sigma, device=x.device)
+        if w == 1 or not interval[0] <= sigma <= interval[1]:
+            return main(x, level, labels)
+        return torch.lerp(guide(x, level, labels), main(x, level, labels), w)
+    denoise.shape = main.shape
+    return denoise
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -67,10 +58,9 @@ def heun(denoiser, noise, labels=None, steps=32, sigma_min=0.002, sigma_max=80.0
          S_churn=0.0, S_min=0.0, S_max=float("inf"), S_noise=1.0, fresh_noise=None):
     """Integrate the probability-flow ODE from `noise` (unit normal [N, ...]) to samples [N, ...].
 
-    S_churn > 0 adds fresh noise before each step whose sigma lies in [S_min, S_max] (EDM algorithm 2);
-    fresh_noise() must return unit noise of noise's shape. The noise level is handed to the denoiser as a
-    number on the host, so that a guidance interval needs no device synchronization. steps denoiser calls for
-    the Euler halves and steps - 1 for the corrections: 2 * steps - 1 in all.
+    denoiser(x, sigma, labels) takes the noise level as a number. S_churn > 0 adds fresh noise before each step
+    whose sigma lies in [S_min, S_max] (EDM algorithm 2); fresh_noise() must return unit noise of noise's shape.
+    The denoiser is called 2 * steps - 1 times.
     """
     levels = noise_levels(steps, sigma_min, sigma_max, rho).tolist()
     x = noise * levels[0]
@@ -79,10 +69,10 @@ def heun(denoiser, noise, labels=None, steps=32, sigma_min=0.002, sigma_max=80.0
             sigma_hat = sigma * (1 + min(S_churn / steps, 2 ** 0.5 - 1))
             x = x + (sigma_hat ** 2 - sigma ** 2) ** 0.5 * S_noise * fresh_noise()
             sigma = sigma_hat
-        d = (x - denoiser(x, torch.tensor(sigma), labels)) / sigma  # dx / dsigma at sigma
+        d = (x - denoiser(x, sigma, labels)) / sigma  # dx / dsigma at sigma
         x_next = x + (sigma_next - sigma) * d
         if sigma_next > 0:  # correction: the mean of the slopes at both ends
-            d_next = (x_next - denoiser(x_next, torch.tensor(sigma_next), labels)) / sigma_next
+            d_next = (x_next - denoiser(x_next, sigma_next, labels)) / sigma_next
             x_next = x + (sigma_next - sigma) * (d + d_next) / 2
         x = x_next
     return x

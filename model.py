@@ -6,23 +6,16 @@ to be sampled from is in the checkpoint:
 
     python -c "import model; print(model.load_denoiser('runs/tree-ajest/checkpoint.pt'))"
 """
+import importlib.util
 import math
 import os
+import shutil
+import sys
 import types
-import zipfile
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-
-FORMAT = 1  # version of the checkpoint layout; a later one is refused
-
-
-class CheckpointError(ValueError):
-    """A file that is not a usable checkpoint; the message is one line and names the file."""
-
-    def __init__(self, message):
-        super().__init__("".join(c if c.isprintable() else " " for c in str(message)))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -149,7 +142,7 @@ class Block(torch.nn.Module):
 
 # ------------------------------------------------------------------------------------------------------------
 # The raw network F of EDM2 configuration G: four levels of 1, 2, 3, 4 times `channels`, three blocks a level
-# (four in the decoder), attention at 16x16 and 8x8.
+# (four in the decoder), attention at 16x16 and 8x8 (also below 64 channels, where EDM2 has none).
 
 class UNet(torch.nn.Module):
     """F(x, noise_label, class_labels): ([N, C, H, W], [N], int64 [N] or None) -> [N, C, H, W].
@@ -243,9 +236,9 @@ def loss_weight(sigma, sigma_data=0.5):
     return (sigma.square() + sigma_data ** 2) / (sigma * sigma_data).square()
 
 
-def per_example_loss(D_x, x0, sigma, sigma_data=0.5):
-    """lambda(sigma) * mean over dimensions of (D_x - x0)^2: [N, ...], [N, ...], [N] -> [N], in fp32."""
-    return loss_weight(sigma, sigma_data) * (D_x.float() - x0).square().flatten(1).mean(1)
+def per_example_loss(D_x, target, sigma, sigma_data=0.5):
+    """lambda(sigma) * mean over dimensions of (D_x - target)^2: [N, ...], [N, ...], [N] -> [N], in fp32."""
+    return loss_weight(sigma, sigma_data) * (D_x.float() - target).square().flatten(1).mean(1)
 
 
 class Denoiser(torch.nn.Module):
@@ -266,7 +259,8 @@ class Denoiser(torch.nn.Module):
     def forward(self, x, sigma, labels=None):
         """D(x; sigma), in fp32 whatever the precision of the network."""
         x = x.float()
-        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(len(x))
+        if not torch.is_tensor(sigma):
+            sigma = torch.full((len(x),), sigma, device=x.device)
         c_skip, c_out, c_in, c_noise = (c.reshape(-1, *[1] * (x.ndim - 1))
                                         for c in preconditioning(sigma, self.sigma_data))
         F_x = self.net(c_in * x, c_noise.flatten(), labels if self.classes else None)
@@ -276,16 +270,10 @@ class Denoiser(torch.nn.Module):
         """Learned log-uncertainty of the loss at a noise level, [N] -> [N] (EDM2 section 2.2); UNet only."""
         return self.u_out(self.u_fourier(sigma.log() / 4)).squeeze(1).float()
 
-    def loss(self, x0, noise, sigma, labels=None):
-        """EDM losses at x0 + sigma * noise: x0, noise [N, ...], sigma [N] -> (loss [N], D_x [N, ...])."""
+    def loss(self, x0, noise, sigma, labels=None, target=None):
+        """EDM losses at x = x0 + sigma noise against `target` (None: x0): -> (loss [N], D_x [N, ...])."""
         D_x = self(x0 + sigma.reshape(-1, *[1] * (x0.ndim - 1)) * noise, sigma, labels)
-        return per_example_loss(D_x, x0, sigma, self.sigma_data), D_x
-
-    def loss_of_zero(self, x0, noise, sigma):
-        """The loss [N] of the trivial denoiser c_skip x (F = 0), without running the network."""
-        s = sigma.reshape(-1, *[1] * (x0.ndim - 1))
-        D_x = preconditioning(s, self.sigma_data)[0] * (x0 + s * noise)
-        return per_example_loss(D_x, x0, sigma, self.sigma_data)
+        return per_example_loss(D_x, x0 if target is None else target, sigma, self.sigma_data), D_x
 
 
 def build(config):
@@ -303,14 +291,30 @@ def build(config):
 # code object, since torch allows one code object eight compilations and a run has more functions than that.
 
 def accelerate(function, device, bf16=False, compiled=False):
+    """The same function under autocast and, where wanted, compiled; keeps what a denoiser says of itself."""
     def run(*args):
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
             return function(*args)
     if compiled:
         run = types.FunctionType(run.__code__.replace(), globals(), "run", closure=run.__closure__)
         run = torch.compile(run, fullgraph=True, dynamic=False)
-    run.shape = getattr(function, "shape", None)  # of what a denoiser denoises
+    run.shape, run.classes = getattr(function, "shape", None), getattr(function, "classes", 0)
     return run
+
+
+def able(device, bf16=None, compiled=None):
+    """(bf16, compiled) as wanted (None: on CUDA), less what this machine cannot do, which is said in one line."""
+    cuda = torch.device(device).type == "cuda"
+    bf16, compiled = (cuda if wanted is None else wanted for wanted in (bf16, compiled))
+    torch.backends.cudnn.benchmark = True                       # all shapes are fixed
+    if bf16 and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
+        print("this GPU has no bf16: fp32 is used", file=sys.stderr)
+        bf16 = False
+    missing = "triton" if cuda and not importlib.util.find_spec("triton") else "a C compiler"
+    if compiled and (missing == "triton" or not any(map(shutil.which, ("cc", "gcc", "clang", "g++", "cl")))):
+        print(f"torch.compile needs {missing}, which is not here: running eagerly", file=sys.stderr)
+        compiled = False
+    return bf16, compiled
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -355,81 +359,21 @@ class PowerEMA:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Checkpoints: one dictionary of tensors and plain data, read with weights_only=True, replaced atomically.
-
-def save(path, checkpoint):
-    """Write `checkpoint` to a temporary file beside `path`, flush it to disk, then rename it over `path`."""
-    temporary = f"{path}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            torch.save({"format": FORMAT, **checkpoint}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        raise CheckpointError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
-
-
-def read(path, device="cpu"):
-    """The checkpoint dictionary of a file that `save` wrote; CheckpointError for anything else."""
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch.load ignores checksums and inflates what is compressed
-            if any(m.compress_type for m in archive.infolist()) or archive.testzip():
-                raise ValueError
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror or error}") from None
-    except Exception:  # torch's readers raise many kinds for a damaged or foreign file
-        raise CheckpointError(f"{path}: not a checkpoint (damaged, or another kind of file)") from None
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("format"), int):
-        raise CheckpointError(f"{path}: not a checkpoint of this program")
-    if checkpoint["format"] > FORMAT:
-        raise CheckpointError(f"{path}: written by a later version "
-                              f"(format {checkpoint['format']}, this is {FORMAT})")
-    return checkpoint
-
-
-def denoiser_from(checkpoint, path, ema=None, device="cpu"):
-    """The denoiser in a checkpoint dictionary. `ema`: a length in it, None = the first, 0 = raw weights."""
-    try:
-        config = dict(class_names=[], sigma_max=80.0, guidance=1.0) | checkpoint["model_config"]
-        averages = checkpoint["ema"]
-        key = next(iter(averages), None) if ema is None else str(float(ema))
-        if ema != 0 and key not in averages:
-            raise CheckpointError(f"{path}: no EMA of length {ema}, it has {', '.join(averages)} (--ema)")
-        check_config(config)
-        with torch.device("meta"):  # shapes only: a hostile configuration allocates nothing
-            denoiser = build(config)
-        denoiser.load_state_dict({**checkpoint["model"], **(averages[key] if ema != 0 else {})}, assign=True)
-        denoiser = denoiser.to(device).float().eval().requires_grad_(False)
-        if not all(tensor.isfinite().all() for tensor in denoiser.state_dict().values()):
-            raise ValueError("its weights are not finite")
-        return denoiser.to(memory_format=torch.channels_last)
-    except CheckpointError:
-        raise
-    except Exception as error:  # whatever a foreign dictionary leads to
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
-        raise CheckpointError(f"{path}: not a denoiser of this program ({reason})") from None
-
-
-def check_config(config):
-    """ValueError where a stored configuration lacks the plain values that building and sampling rely on."""
-    shape, moments = config["shape"], [config.get(key) or [] for key in ("latent_mean", "latent_std")]
-    numbers = [config["sigma_data"], config.get("sigma_max", 1), config.get("guidance", 1),
-               *moments[0], *moments[1]]
-    flat = config["net"] == "mlp"
-    if not (all(type(n) in (int, float) and math.isfinite(n) for n in numbers) and min(numbers[:2]) > 0
-            and all(type(n) is int and n > 0 for n in shape) and config["kind"] in ("tree", "image", "latent")
-            and flat == (config["kind"] == "tree")
-            and (shape == [2] if flat else len(shape) == 3 and shape[1] == shape[2])
-            and all(len(m) in (0, shape[0]) for m in moments) and type(config["classes"]) is int
-            and config["classes"] >= 0 and all(type(name) is str for name in config.get("class_names", []))):
-        raise ValueError("its configuration")
-
+# A trained denoiser out of a checkpoint: a dictionary of tensors and plain data, read with weights_only=True.
 
 def load_denoiser(path, ema=None, device="cpu"):
-    """The denoiser at `path`, a checkpoint file or a run folder; ready for sampling or as a reference."""
+    """The denoiser at `path`, a checkpoint file or a run folder, ready for sampling or as a reference. `ema`: an
+    EMA length in it, None = the first, 0 = raw weights. Any exception means that the file is not one."""
     path = os.path.join(path, "checkpoint.pt") if os.path.isdir(path) else path
-    return denoiser_from(read(path, device), path, ema, device)
+    checkpoint = torch.load(path, map_location=device, weights_only=True)
+    averages = checkpoint["ema"]
+    length = next(iter(averages)) if ema is None else str(float(ema))
+    if ema != 0 and length not in averages:
+        raise ValueError(f"no EMA of length {ema} (--ema) but {', '.join(averages)}")
+    with torch.device("meta"):                                  # shapes only: a hostile configuration allocates nothing
+        denoiser = build(checkpoint["model_config"])
+    denoiser.load_state_dict({**checkpoint["model"], **({} if ema == 0 else averages[length])}, assign=True)
+    if not all(tensor.isfinite().all() for tensor in denoiser.state_dict().values()):
+        raise ValueError("its weights are not finite")
+    denoiser = denoiser.to(device).float().eval().requires_grad_(False)
+    return denoiser.to(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""Online batch selection: uniform, JEST, AJEST. Scores of a super-batch go in, indices to train on come out.
+"""Online batch selection, JEST and AJEST: a super-batch goes in, the batch to train on comes out.
 
 JEST is "Data curation via joint example selection further accelerates multimodal learning" (arXiv
 2406.17711); AJEST is JEST with the guide of autoguidance (arXiv 2509.15267) as the reference. Used by
@@ -8,8 +8,7 @@ JEST is "Data curation via joint example selection further accelerates multimoda
 
 This file has the name of a standard-library module. On interpreters that keep `select` in a shared library,
 `import subprocess` or `import socket` run from this folder would find this file: it then puts the real module
-in its own place and imports nothing else. To use it, load it by path under another name, as
-`load_select` in train.py does.
+in its own place and imports nothing else. To use it, load it by path under another name, as train.py does.
 """
 if __name__ == "select":
     import importlib.util
@@ -26,6 +25,8 @@ if __name__ == "select":
     _spec.loader.exec_module(sys.modules["select"])
 else:
     import torch
+
+    import model
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -76,24 +77,79 @@ def jest(score, k, chunks=16, generator=None):
 # ------------------------------------------------------------------------------------------------------------
 # Scores: what makes an example worth training on.
 
-SCORES = ("learnability", "hard", "easy", "gradient-norm", "target-norm")
+SCORES = ("learnability", "hard", "easy", "gradient-norm")
 NEEDS_REFERENCE = ("learnability", "easy")
 
 
 def score(learner, reference, kind="learnability", invert=False, gain=0.0):
-    """Per-example scores [B] from the losses [B] of learner and reference on the same sigma and noise.
+    """Per-example scores [B] from the losses [B] of learner and reference on the same sigma, noise and target.
 
     kind: "learnability" = learner - reference, "hard" = learner, "easy" = -reference (2406.17711, sec. 3.1).
-    "gradient-norm" = log(learner + 0.1) / 2: its softmax draws in proportion to the root of the loss, the
-    norm of the gradient with respect to the raw network's output up to a constant; 0.1 bounds the weights of
-    --debias. "target-norm" is the same with the loss of F = 0, for which no network is run. `reference` may
-    be None for the kinds that are not in NEEDS_REFERENCE. gain > 0 standardizes the scores over the
-    super-batch and multiplies them by gain; 0 leaves them as they are.
+    "gradient-norm" = log(learner + 0.1) / 2: its softmax draws in proportion to the root of the loss, the norm of
+    the gradient with respect to the raw network's output up to a constant; 0.1 bounds the weights of --debias.
+    `reference` may be None for the kinds that are not in NEEDS_REFERENCE. gain > 0 standardizes the scores over
+    the super-batch and multiplies them by gain; 0 leaves them as they are.
     """
-    if kind in ("gradient-norm", "target-norm"):
+    if kind == "gradient-norm":
         s = (learner + 0.1).log() / 2
     else:
-        s = {"learnability": lambda: learner - reference, "hard": lambda: learner,
-             "easy": lambda: -reference}[kind]()
+        s = -reference if kind == "easy" else learner if kind == "hard" else learner - reference
     s = -s if invert else s
     return gain * (s - s.mean()) / s.std().clamp_min(1e-12) if gain else s
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The curator: scores B examples with learner and reference on the same noise level, noise and target, keeps b of
+# them with exactly these, and knows when to. AJEST is JEST whose reference is the guide.
+
+class Curator:
+    """c: the run's settings (score, invert, gain, interpolate, chunks, debias, the early and late rules, micro_batch).
+    learner: the Denoiser in training; reference: a Denoiser, or None where neither score nor rules need one;
+    accelerate: applied to the function that computes the losses."""
+
+    def __init__(self, c, learner, reference=None, accelerate=lambda function: function):
+        self.c, self.learner, self.reference = c, learner, reference
+        self.losses = accelerate(self._losses)
+
+    def _losses(self, x0, noise, sigma, labels, target):
+        """Losses [2, B] of learner (or the autoguided pair, "interpolated AJEST") and reference."""
+        learner, D_x = self.learner.loss(x0, noise, sigma, labels, target)
+        if self.reference is None:
+            return torch.stack([learner, learner])
+        reference, D_reference = self.reference.loss(x0, noise, sigma, labels, target)
+        if self.c.interpolate:
+            learner = model.per_example_loss(torch.lerp(D_reference, D_x, self.c.interpolate), target, sigma)
+        return torch.stack([learner, reference])
+
+    def measure(self, batch):
+        """Losses [2, B] of learner and reference on a super-batch, without dropout, by micro-batches."""
+        training, size = self.learner.training, self.c.micro_batch or len(batch.x0)
+        self.learner.eval()
+        with torch.no_grad():
+            losses = [self.losses(*batch.rows(slice(i, i + size))) for i in range(0, len(batch.x0), size)]
+        self.learner.train(training)
+        return torch.cat(losses, 1)
+
+    def choose(self, batch, k, generator):
+        """k of a super-batch, and their weights [k] (None: all alike)."""
+        c, (learner, reference) = self.c, self.measure(batch)
+        scores = score(learner, reference, c.score, c.invert, c.gain)
+        if c.debias:
+            index, weight = gumbel_top_k(scores, k, generator)
+            return batch.rows(index), weight
+        return batch.rows(jest(scores, k, c.chunks, generator)), None
+
+    def statistics(self, batch, chosen):
+        """For the log: the mean ln sigma of the super-batch and of what was chosen of it."""
+        return dict(ln_sigma_drawn=batch.sigma.log().mean().item(), ln_sigma_selected=chosen.sigma.log().mean().item())
+
+    def active(self, step, progress, super_batches, average=lambda tensors: None):
+        """Whether this step selects. Early AJEST does for its first steps. The other two rules compare the mean
+        losses of learner and reference on the step's super-batch once per log interval (`average` makes several
+        processes agree), and keep in progress["selecting"] what they found."""
+        c, selecting = self.c, progress["selecting"]
+        if step % c.log_every == 0 and (c.until_better and selecting or c.once_better and not selecting):
+            means = self.measure(super_batches[step]).mean(1)                           # [2]
+            average([means])
+            progress["selecting"] = selecting != bool(means[0] < means[1])
+        return progress["selecting"] and not 0 < c.early_steps <= step

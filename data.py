@@ -2,7 +2,7 @@
 targets, coreset pruning, class weights by distributionally robust optimization, and pictures.
 
 Pruning then reweighting: https://arxiv.org/abs/2409.19128. The tree: https://arxiv.org/abs/2406.02507. Stable
-targets: https://arxiv.org/abs/2302.00670. The helpers for files and flags that every program here uses come first.
+targets: https://arxiv.org/abs/2302.00670. First come the helpers for files and flags that every program uses.
 
     python data.py DATA --keep 0.1 --prune gaussian --out keep.npy --show coreset.png
 """
@@ -31,8 +31,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Files. Whatever goes wrong while one is read becomes one DataError that names it; one that is written appears
-# whole or not at all.
+# Files. Whatever goes wrong while one is read becomes one DataError that names it; one that is written
+# appears whole or not at all.
 
 class DataError(ValueError):
     """What a program's user can mend: one printable line that names the file or flag and says why."""
@@ -43,7 +43,7 @@ class DataError(ValueError):
 
 @contextlib.contextmanager
 def reading(path, what):
-    """Any exception inside becomes a DataError, "PATH: not WHAT, why"; an archive's checksums are held first."""
+    """Any exception inside becomes a DataError, "PATH: not WHAT, why"; archives are checked first."""
     try:
         if os.path.isfile(path) and zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -61,7 +61,7 @@ def reading(path, what):
 
 @contextlib.contextmanager
 def writing(path):
-    """A binary file that is renamed to `path` when the block ends well and removed when it does not."""
+    """A binary file that is renamed to `path` when the block ends well, and removed when it does not."""
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
@@ -69,7 +69,7 @@ def writing(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:                    # torch.save reports a full disk as RuntimeError
+    except (OSError, RuntimeError) as error:                    # torch.save: a full disk is a RuntimeError
         why = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise DataError(f"{path}: cannot be written, {why[:80]}") from None
     finally:
@@ -81,7 +81,7 @@ def writing(path):
 # Flags and programs. A flag's range stands on the flag; argparse then names it.
 
 def number(kind, interval):
-    """An argparse type: a `kind` (int or float) in an interval such as "[1, inf)" or "(0, 1]"; NaN is in none."""
+    """An argparse type: int or float (`kind`) in an interval, as "[1, inf)" or "(0, 1]"; NaN is in none."""
     low, high = (float(end) for end in interval[1:-1].split(","))
 
     def parse(text):
@@ -133,7 +133,7 @@ def command(run, parser, argv=None):
 
 
 def progress(text, last=False, shown=[-math.inf]):
-    """Show `text` on stderr, rewritten in place on a terminal, else a line every ten seconds and the `last`."""
+    """Show `text` on stderr: rewritten in place on a terminal, else every ten seconds and the `last`."""
     now, terminal = time.monotonic(), sys.stderr.isatty()
     if last or now - shown[0] > (0.5 if terminal else 10):
         shown[0] = now
@@ -206,15 +206,15 @@ class Tree:
         return self._p("mean")[index] + (self._p("root")[index] * z[:, None, :]).sum(2)
 
     def _evaluate(self, x, sigma):
-        """Log-density [n] and score [n, 2] at x [n, 2]. In a branch's own axes the covariance plus sigma^2 I is
-        diagonal and shared by its Gaussians, which lie at middle + tau half, tau = -1 ... 1. So the exponent of
-        each is base + B tau - C tau^2 / 2 with coefficients of the branch: a matrix product gives all eight."""
+        """Log-density [n] and score [n, 2] at x [n, 2]. In a branch's own axes the covariance plus sigma^2 I
+        is diagonal and shared by its Gaussians, which lie at middle + tau half, tau = -1 ... 1. So an
+        exponent is base + B tau - C tau^2 / 2, by coefficients of the branch; a matrix product gives all."""
         axes, lam, middle, half, log_weight = (
             self._p(name, x.dtype) for name in ("axes", "lam", "middle", "half", "log_weight"))
         tau = torch.linspace(-1, 1, 8, dtype=x.dtype, device=x.device)
         powers = torch.stack([torch.ones_like(tau), tau, -tau.square() / 2], dim=1)     # [8, 3]
         square = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).reshape(-1, 1) ** 2     # [1 or n, 1]
-        rows = 512 if x.device.type == "cpu" else 32768                                 # a block fits the cache
+        rows = 512 if x.device.type == "cpu" else 32768         # a block fits the cache
         squares = square.split(rows) if len(square) > 1 else [square] * (len(x) // rows + 1)
         logp, score = [], []
 
@@ -226,11 +226,11 @@ class Tree:
             rate_a, rate_half = rate * a, rate * half
             B, C = dot(rate_a, half), dot(rate_half, half)
             base = torch.sub(log_weight + 0.5 * (rate[0] * rate[1]).log(), dot(rate_a, a), alpha=0.5)
-            peak = (B / C).clamp_(-1, 1)                        # of the exponent; bounds it from above, closely
+            peak = (B / C).clamp_(-1, 1)                        # at which tau it is highest: a close bound
             most = torch.addcmul(base, peak, torch.addcmul(B, C, peak, value=-0.5)).amax(1, keepdim=True)
             exponent = torch.stack(torch.broadcast_tensors(base - most, B, C)).flatten(1)       # [3, n K]
-            share = (powers * math.log2(math.e) @ exponent).clamp_(min=-115).exp2_()    # slow where it underflows
-            S0, S1 = (powers[:, :2].T @ share).view(2, *B.shape)                        # sums of share, share tau
+            share = (powers * math.log2(math.e) @ exponent).clamp_(min=-115).exp2_()   # slow if it underflows
+            S0, S1 = (powers[:, :2].T @ share).view(2, *B.shape)                        # sum share, share tau
             total = S0.sum(1, keepdim=True)
             logp.append(most + total.log() - math.log(2 * math.pi))
             score.append((torch.addcmul(rate_half * S1, rate_a, S0, value=-1) @ axes.mT).sum(0) / total)
@@ -296,7 +296,7 @@ class Dataset:
         return len(self.class_names)
 
     def take(self, index, device="cpu"):
-        """The examples at `index` (on the host) as the network sees them: float32 [n, C, H, W] on `device`."""
+        """The examples at `index` (on the host) as the network sees them: float32 [n, C, H, W]."""
         return scale(put(self.x[put(index, self.x.device)], device), self.mean, self.std)
 
     def to(self, device):
@@ -315,10 +315,8 @@ def put(tensor, device):
 
 def scale(x, mean, std):
     """Raw examples [n, C, H, W] -> float32 (x - mean) / std * 0.5: pixels in [-1, 1], latents of std 0.5."""
-    mean, std = (torch.tensor(s).reshape(-1, 1, 1) for s in (mean, std))
-    if len(mean) == 1:
-        return (x.float() - mean.item()) * (0.5 / std.item())
-    return (x.float() - put(mean, x.device)) * put(0.5 / std, x.device)
+    mean, factor = torch.tensor(mean).view(-1, 1, 1), 0.5 / torch.tensor(std).view(-1, 1, 1)
+    return (x.float() - put(mean, x.device)) * put(factor, x.device)
 
 
 def decode(x, config):
@@ -331,12 +329,12 @@ def decode(x, config):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Targets. The posterior mean of x0 given x = x0 + sigma noise, where x0 is one of a set of examples: instead of
-# x0 itself it gives the same minimizer with less variance (stable target fields, 2302.00670).
+# Targets. The posterior mean of x0 given x = x0 + sigma noise, where x0 is one of a set of examples: the same
+# minimizer as x0 itself, with less variance (stable target fields, https://arxiv.org/abs/2302.00670, eq. 5).
 
 def posterior_mean(x, sigma, examples):
-    """E[x0 | x] for x [n, ...] at noise levels sigma [n], with x0 one of `examples` [m, ...]: float32 [n, ...].
-    `examples` may be a list of such blocks, for more than memory holds; the result is that of all of them."""
+    """E[x0 | x] for x [n, ...] at noise levels sigma [n], with x0 one of `examples` [m, ...]: [n, ...].
+    `examples` may be several such blocks, for more than memory holds; the result is that of all of them."""
     mean, evidence = 0.0, torch.full_like(double(sigma), -math.inf)
     for block in examples.split(4096) if torch.is_tensor(examples) else examples:
         more, log_sum = _posterior(x.flatten(1), sigma, block.flatten(1))
@@ -346,9 +344,9 @@ def posterior_mean(x, sigma, examples):
 
 
 def _posterior(x, sigma, y, same=None):
-    """x [..., n, d], sigma [..., n], y [..., m, d], same bool [..., n, m] -> mean [..., n, d], log sums [..., n],
-    both float64: the logits are differences of large numbers. |x|^2 / 2 sigma^2 is left out, being the same for
-    all candidates."""
+    """The mean of y [..., m, d] under weights exp(-|x - y|^2 / 2 sigma^2), for x [..., n, d], sigma [..., n]
+    and candidates `same` bool [..., n, m] (None: all): [..., n, d]; and the log of the sum of the weights
+    [..., n], up to |x|^2 / 2 sigma^2. Float64: the exponents are small differences of large numbers."""
     x, sigma, y = double(x), double(sigma), double(y)
     logits = (x @ y.mT - y.square().sum(-1)[..., None, :] / 2) / sigma.square()[..., None]      # [..., n, m]
     logits = logits if same is None else logits.masked_fill(~same.to(x.device), -math.inf)
@@ -361,16 +359,17 @@ def batch_posterior_mean(x, sigma, x0, labels=None, group=200):
     n = len(x)
     groups = next(g for g in range(max(1, n // group), 0, -1) if n % g == 0)
     order = torch.arange(n, device=x.device) if labels is None else labels.argsort(stable=True)
-    x_, y, s = (t[order].reshape(groups, n // groups, -1) for t in (x, x0, sigma))      # [groups, n / groups, d]
+    x_, y, s = (t[order].reshape(groups, n // groups, -1) for t in (x, x0, sigma))      # [groups, n / g, d]
     label = order.new_zeros(groups, n // groups) if labels is None else labels[order].view(groups, -1)
     mean, _ = _posterior(x_, s[..., 0], y, label[:, :, None] == label[:, None, :])
     return torch.empty_like(x).index_copy_(0, order, mean.view(x.shape).to(x))
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Batches by number: batches[step] depends on (seed, step) alone, and the first examples of a larger batch are
-# those of a smaller one. What is small is drawn on the host and copied without waiting, the noise on the device.
-# Flips are labelled, so that they do not leak into samples: a mirrored image of class c has label c + classes.
+# Batches by number: batches[step] depends on (seed, step) alone, and on the CPU the first examples of a
+# larger batch are those of a smaller one (multiples of 16). What is small is drawn on the host and copied
+# without waiting, the noise on the device. Flips are labelled, so that they do not leak into samples: a
+# mirrored image of class c has label c + classes.
 
 class Batch(typing.NamedTuple):
     x0: torch.Tensor                            # float32 [n, ...]
@@ -391,9 +390,9 @@ class Batches:
         seed,                   # integer
         device="cpu",           # where the batch is wanted
         pool=None,              # sorted indices [M] of the examples to draw from; None = all
-        class_weights=None,     # draw an example in proportion to its class's weight [classes]; None = uniformly
+        class_weights=None,     # an example is drawn in proportion to its class's weight [classes]; None = 1
         flip=False,             # mirror half of the images, as classes of their own
-        targets="sample",       # "sample" x0 itself, "batch" or "all": its posterior mean, given which examples
+        targets="sample",       # x0 itself, or its posterior mean given the "batch" or "all" of the pool
         P_mean=-1.2,            # of ln sigma
         P_std=1.2,
         rows=slice(None),       # the rows of the n that are wanted here (several processes)
@@ -433,7 +432,7 @@ class Batches:
             x0 = data.take(index, self.device)
             labels = None if data.labels is None else data.labels[index]
             if self.flip:
-                mirrored = torch.randint(2, (self.n,), generator=draw("flip"))[self.rows]               # 0 or 1
+                mirrored = torch.randint(2, (self.n,), generator=draw("flip"))[self.rows]       # 0 or 1
                 labels = mirrored if labels is None else labels + mirrored * data.classes
                 x0 = _mirror(x0, mirrored)
         noise = torch.randn((self.n, *data.shape), generator=draw("noise", self.device), device=self.device)
@@ -447,7 +446,7 @@ class Batches:
         return Batch(x0, noise, sigma, on_device, target)
 
     def _all(self, x, sigma, labels, mirrored):
-        """The posterior mean given all examples of the pool that have the label (mirrored images: mirrored)."""
+        """The posterior mean given all examples of the pool with that label, mirrored where x is mirrored."""
         x, out = _mirror(x, mirrored), torch.empty_like(x)
         classes = torch.zeros(len(x)) if self.dataset.labels is None else labels % self.dataset.classes
         for c in classes.unique().tolist():
@@ -478,9 +477,9 @@ def load(path, size=None):
     """The images or latents at `path` as a Dataset.
 
     path    a folder, .zip or .tar of images (a folder a class; of train, val, test the train one; or as the
-            dataset.json at its top says, which is EDM's format), CIFAR-10 as published (python or binary, .tar.gz
-            or unpacked), or an .npz with `images` uint8 [N, 3, H, W] or [N, H, W, 3], or `latents` float
-            [N, C, H, W] (with optional `mean`, `std` [C]), and `labels` [N]
+            dataset.json at its top says, which is EDM's format), CIFAR-10 as published (python or binary, in
+            .tar.gz or unpacked), or an .npz with `images` uint8 [N, 3, H, W] or [N, H, W, 3], or `latents`
+            float [N, C, H, W] (with optional `mean`, `std` [C]), and `labels` [N]
     size    center-crop to a square and resize (Lanczos) to this many pixels; None = as they are
 
     Raises DataError, one line, for anything unreadable, inconsistent or hostile; nothing is left behind."""
@@ -507,20 +506,27 @@ def load(path, size=None):
         return Dataset(**torch.load(cached, mmap=True, weights_only=True))      # no change reaches the file
 
 
-def _dataset(x, labels, class_names, report=(), **more):
-    """A Dataset of arrays x [N, C, H, W] and labels [N] (None: unlabelled), with its report and fingerprint."""
-    found = Dataset(torch.from_numpy(np.ascontiguousarray(x)), class_names=class_names, **more)
-    n, c, h, w = found.x.shape
-    found.report = [f"{n:,} {found.kind}s of {c}x{h}x{w}, {found.x.nbytes / 2 ** 20:,.0f} MiB", "no labels"]
+def _dataset(x, labels, class_names=None, report=(), **more):
+    """Dataset of arrays x [N, C, H, W] and labels [N] or None; class_names None = the classes' numbers."""
+    x, found = np.ascontiguousarray(x), Dataset(None, class_names=class_names or [], **more)
+    n, c, h, w = x.shape
+    size = f"{n:,} {found.kind}s of {c}x{h}x{w}, {x.nbytes / 2 ** 20:,.0f} MiB"
+    found.report = [size, "no labels", *report]
     if labels is not None:
-        found.labels = torch.from_numpy(np.asarray(labels).astype(np.int64))
-        count = torch.bincount(found.labels)
+        labels, most = np.asarray(labels), len(found.class_names) or 100_000
+        right = labels.dtype.kind in "iu" and labels.shape == (n,)
+        right = right and 0 <= labels.min() and labels.max() < most
+        _expect("`labels`", labels, right, f"class numbers below {most:,} [{n}]")
+        labels = labels.astype(np.int64)
+        count = np.bincount(labels)
+        found.class_names = class_names or [str(c) for c in range(len(count))]
         found.report[1] = f"{len(count):,} classes of {count.min():,} to {count.max():,} examples"
-    found.report += report
-    digest = hashlib.sha256(repr((found.kind, class_names, found.mean, found.std, found.x.shape)).encode())
-    for part in (found.x, found.labels):
-        digest.update(b"" if part is None else part.numpy())
-    found.fingerprint = digest.hexdigest()
+        found.labels = torch.from_numpy(labels)
+    about = repr((x.shape, found.kind, found.class_names, found.mean, found.std))
+    digest = hashlib.sha256(about.encode())
+    digest.update(x)
+    digest.update(b"" if labels is None else labels)
+    found.x, found.fingerprint = torch.from_numpy(x), digest.hexdigest()
     return found
 
 
@@ -530,7 +536,7 @@ def _expect(name, array, right, wanted):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Images: one list of (name, read function), whether they lie in a folder, a zip or a tar. Nothing is unpacked.
+# Images: one list of names and read functions, be they in a folder, a zip or a tar. Nothing is unpacked.
 
 def _files(path):
     """{name with slashes: Path} of all files below a folder, sorted; links are followed, each folder once."""
@@ -545,61 +551,50 @@ def _files(path):
     return dict(sorted(files.items()))
 
 
-def _members(path, files):
-    """{name with slashes: function that returns the file's bytes}, in the archive's order."""
-    def check(name, size):
+def _members(path):
+    """{name: function that returns the file's bytes} of a .zip or .tar, compressed or not."""
+    found, is_zip = {}, path.suffix.lower() == ".zip"
+    archive = zipfile.ZipFile(path) if is_zip else tarfile.open(path)
+    for info in archive.infolist() if is_zip else archive:
+        name, size = (info.filename, info.file_size) if is_zip else (info.name, info.size)
         if size > 2 ** 28:
             raise ValueError(f"{name} has {size:,} bytes, more than 256 MB")
-    if path.is_dir():
-        return {name: file.read_bytes for name, file in files.items()}
-    found = {}
-    if path.suffix.lower() == ".zip":
-        archive = zipfile.ZipFile(path)
-        for info in archive.infolist():
-            check(info.filename, info.file_size)
-            if not info.is_dir():
-                found[info.filename] = functools.partial(archive.read, info)
-        return found
-    with tarfile.open(path) as archive:                         # compressed whole, so it is read in its own order
-        for info in archive:
-            check(info.name, info.size)
-            if info.isfile():
-                found[info.name] = functools.partial(bytes, archive.extractfile(info).read())
+        if is_zip and not info.is_dir():
+            found[name] = functools.partial(archive.read, info)
+        elif not is_zip and info.isfile():                      # at once: a .tar.gz is read in its own order
+            found[name] = functools.partial(bytes, archive.extractfile(info).read())
     return found
 
 
 def _images(path, files, size):
-    """Dataset of the images among the files, with labels by dataset.json or by folder; or of CIFAR-10."""
-    members = _members(path, files)
+    """Dataset of the images among the files, labelled by dataset.json or by folder; or of CIFAR-10."""
+    members = {name: file.read_bytes for name, file in files.items()} if path.is_dir() else _members(path)
     batches = {name.rpartition("/")[2]: read for name, read in members.items()}
-    batches = {name: batches[name] for name in CIFAR_BATCHES if name in batches}
-    if batches:
+    if batches := [(name, batches[name]) for name in CIFAR_BATCHES if name in batches]:
         return _cifar(batches, size)
-    images = {name: read for name, read in members.items() if name.lower().endswith(IMAGES)
-              and not name.startswith("__MACOSX/") and not name.rpartition("/")[2].startswith(".")}
+    images = [name for name in members if name.lower().endswith(IMAGES)
+              and not name.startswith("__MACOSX/") and not name.rpartition("/")[2].startswith(".")]
     if not images:
         raise ValueError(f"no images ({', '.join(IMAGES[:4])} ...) among its {len(members)} files")
-    if "dataset.json" in members:
-        label_of = _listed(json.loads(members["dataset.json"]()), images)               # {name: int or None}
-    else:
-        label_of = _by_folder(images)                                                   # {name: str or None}
-    classes = sorted({c for c in label_of.values() if c is not None})
-    if classes and "dataset.json" in members:
-        classes = list(range(max(classes) + 1))
-    number = {c: i for i, c in enumerate(classes)}
-    order = sorted(label_of, key=lambda name: (label_of[name] or "", name))
-    labels = [number[label_of[name]] for name in order] if classes else None
-    left_out = len(members) - len(order)
-    return _dataset(_decoded({name: images[name] for name in order}, size), labels, [str(c) for c in classes],
-                    [f"{left_out:,} other files left out"] if left_out else [])
+    listing = members.get("dataset.json")
+    label_of = _by_listing(json.loads(listing()), images) if listing else _by_folder(images)
+    order = sorted(label_of, key=lambda name: (label_of[name], name))
+    labels, names = [label_of[name] for name in order], None
+    if labels[0] is None:
+        labels = None
+    elif not listing:
+        names, labels = np.unique(labels, return_inverse=True)
+        names = names.tolist()
+    x = _decoded({name: members[name] for name in order}, size)
+    return _dataset(x, labels, names, [f"{len(members) - len(order):,} other files left out"])
 
 
 def _by_folder(names):
-    """{name: class or None}. A single folder on top is entered, and of train, val and test the train one; the
-    next level is the class, and its images lie at any depth. Images without a folder are unlabelled."""
-    below = {name: name.split("/") for name in names}           # folders, still to be entered, and the file
+    """{name: class}. A single folder on top is entered, and of train, val and test the train one; the next
+    level is the class, and its images lie at any depth. The class of images without a folder is None."""
+    below = {name: name.split("/") for name in names}           # the folders to go through, and the file
     while True:
-        tops = {folders[0] if len(folders) > 1 else None for folders in below.values()}         # None: an image
+        tops = {folders[0] if len(folders) > 1 else None for folders in below.values()}     # None: an image
         if "train" in tops and tops <= {"train", "val", "test"}:
             top = "train"
         elif len(tops) == 1 and None not in tops:
@@ -612,41 +607,34 @@ def _by_folder(names):
     return {name: None if None in tops else folders[0] for name, folders in below.items()}
 
 
-def _listed(listing, images):
-    """{name: class number or None} by EDM's dataset.json: {"labels": [["00000/img00000000.png", 3], ...] or null}."""
+def _by_listing(listing, names):
+    """{name: class number or None} by EDM's dataset.json: {"labels": [["00000/img00000000.png", 3], ...]}, or
+    null for no labels."""
     if listing["labels"] is None:
-        return dict.fromkeys(images)
+        return dict.fromkeys(names)
     label_of = dict(listing["labels"])
-    for name in sorted(label_of.keys() ^ images.keys()):
+    for name in sorted(label_of.keys() ^ set(names)):
         raise ValueError(f"{name} is {'missing' if name in label_of else 'not listed'} (dataset.json)")
-    if not all(type(c) is int and 0 <= c < 100_000 for c in label_of.values()):
-        raise ValueError("the labels in dataset.json are not class numbers")
     return label_of
 
 
 def _decoded(images, size):
     """uint8 [N, 3, H, W] of {name: read function}, decoded by threads (Pillow lets go of Python's lock)."""
-    names = list(images)
-    first = _decode(names[0], images, size)
-    x = np.empty((len(names), *first.shape), np.uint8)
-
-    def place(start):
-        for i, name in enumerate(names[start:start + 64], start):
-            pixels = _decode(name, images, size)
-            if pixels.shape != first.shape:
-                raise ValueError(f"sizes differ, give --size: {names[0]}, {name}")
-            x[i] = pixels
-        return min(start + 64, len(names))
+    names, x = list(images), None
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for done in pool.map(place, range(0, len(names), 64)):
-            progress(f"reading images: {done:,} of {len(names):,}", last=done == len(names) > 10_000)
+        for i, pixels in enumerate(pool.map(lambda name: _decode(name, images[name], size), names)):
+            x = np.empty((len(names), *pixels.shape), np.uint8) if x is None else x
+            if pixels.shape != x.shape[1:]:
+                raise ValueError(f"sizes differ, give --size: {names[0]}, {names[i]}")
+            x[i] = pixels
+            progress(f"reading images: {i + 1:,} of {len(names):,}", last=i + 1 == len(names) > 10_000)
     return x
 
 
-def _decode(name, images, size):
+def _decode(name, read, size):
     """One image: uint8 [3, H, W]."""
     try:
-        image = Image.open(io.BytesIO(images[name]()))
+        image = Image.open(io.BytesIO(read()))
         if image.mode.startswith("I"):                          # 16 bits a pixel
             image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
         return _resize(image.convert("RGB"), size)
@@ -676,9 +664,10 @@ def _resized(x, size):
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module, name):
-        """The function behind a known name; an exception for any other, so that nothing in the pickle runs."""
-        known = {("multiarray", "_reconstruct"): np.empty(0).__reduce__()[0], ("numpy", "ndarray"): np.ndarray,
-                 ("numpy", "dtype"): np.dtype, ("_codecs", "encode"): lambda text, _: text.encode("latin1")}
+        """The function behind a known name; an exception for any other, so that nothing of a pickle runs."""
+        known = {("multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
+                 ("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype,
+                 ("_codecs", "encode"): lambda text, _: text.encode("latin1")}
         module = module.removeprefix("numpy.core.").removeprefix("numpy._core.")
         if (module, name) not in known:
             raise ValueError(f"refused, it wants to run {module}.{name}")
@@ -686,22 +675,17 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _cifar(batches, size):
-    """Dataset of {file name: read function}. A binary batch is a label byte and 3,072 pixel bytes an image."""
+    """Dataset of [(file name, read function)]; a binary batch is a label byte and 3,072 pixels an image."""
     images, labels = [], []
-    for name, read in batches.items():
-        try:
-            if name.endswith(".bin"):
-                rows = np.frombuffer(read(), np.uint8).reshape(-1, 3073)
-                pixels, label = rows[:, 1:], rows[:, 0]
-            else:
-                batch = _Unpickler(io.BytesIO(read()), encoding="bytes").load()
-                batch = {key.decode() if isinstance(key, bytes) else key: value for key, value in batch.items()}
-                pixels, label = batch["data"], np.array(batch["labels"])
-            _expect("`data`", pixels, pixels.dtype == np.uint8 and pixels.shape == (len(label), 3072),
-                    f"bytes [{len(label)}, 3072]")
-            _expect("`labels`", label, label.dtype.kind in "iu" and 0 <= label.min() <= label.max() < 10, "0 to 9")
-        except Exception as error:
-            raise ValueError(f"{name}: {error}") from None
+    for name, read in batches:
+        if name.endswith(".bin"):
+            rows = np.frombuffer(read(), np.uint8).reshape(-1, 3073)
+            batch = {b"data": rows[:, 1:], b"labels": rows[:, 0]}
+        else:
+            batch = _Unpickler(io.BytesIO(read()), encoding="bytes").load()
+        pixels, label = batch[b"data"], batch[b"labels"]
+        _expect(name, pixels, pixels.dtype == np.uint8 and pixels.shape == (len(label), 3072),
+                f"bytes [{len(label)}, 3072]")
         images.append(pixels.reshape(-1, 3, 32, 32))
         labels.append(label)
     return _dataset(_resized(np.concatenate(images), size), np.concatenate(labels), CIFAR_CLASSES,
@@ -712,32 +696,26 @@ def _cifar(batches, size):
 # An .npz file of images or latents.
 
 def _npz(path, size):
-    """Dataset of its `images` or `latents`."""
+    """Dataset of its `images` or `latents`, with its `labels`, and `mean` and `std` of latents, if there."""
     with np.load(path, allow_pickle=False) as file:
         kind = "latent" if "latents" in file else "image"
         x, labels = file[f"{kind}s"], file["labels"] if "labels" in file else None
-        moments = [file[name] for name in ("mean", "std") if name in file]
+        moments = np.stack([file["mean"], file["std"]]) if "mean" in file and "std" in file else None
     right = x.ndim == 4 and x.size and (x.dtype.kind == "f" if kind == "latent" else x.dtype == np.uint8)
     _expect(f"`{kind}s`", x, right, "uint8 images or float latents [N, C, H, W]")
-    classes = []
-    if labels is not None:
-        right = labels.dtype.kind in "iu" and labels.shape == x.shape[:1] and 0 <= labels.min() and labels.max() < 1e5
-        _expect("`labels`", labels, right, f"class numbers [{len(x)}]")
-        classes = [str(c) for c in range(labels.max() + 1)]
     if kind == "image":
         x = x if x.shape[1] == 3 else x.transpose(0, 3, 1, 2)
         _expect("`images`", x, x.shape[1] == 3, "three channels")
-        return _dataset(_resized(x, size), labels, classes)
+        return _dataset(_resized(x, size), labels)
     if size or not np.isfinite(x).all():
         raise ValueError("--size is for images" if size else "`latents` holds NaN or infinite values")
     x = x.astype(np.float16 if x.dtype.itemsize == 2 else np.float32)
-    if len(moments) < 2:
-        moments = [np.array([f(x[:, c], dtype=np.float64) for c in range(x.shape[1])]) for f in (np.mean, np.std)]
-        moments[1] = np.maximum(moments[1], 1e-6)
-    for name, m in zip(("mean", "std"), moments):
-        right = m.dtype.kind == "f" and m.shape == x.shape[1:2] and np.isfinite(m).all() and (name == "mean" or m.min() > 0)
-        _expect(f"`{name}`", m, right, f"finite, std above 0 [{x.shape[1]}]")
-    return _dataset(x, labels, classes, kind=kind, mean=moments[0].tolist(), std=moments[1].tolist())
+    if moments is None:
+        channels = [x[:, c].astype(np.float64) for c in range(x.shape[1])]
+        moments = np.array([[c.mean() for c in channels], [max(c.std(), 1e-6) for c in channels]])
+    right = moments.shape[1:] == x.shape[1:2] and np.isfinite(moments).all() and moments[1].min() > 0
+    _expect("`mean`, `std`", moments, right, f"finite [2, {x.shape[1]}], std above 0")
+    return _dataset(x, labels, kind=kind, mean=moments[0].tolist(), std=moments[1].tolist())
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -791,20 +769,19 @@ def prune_scores(features, labels, score="gaussian", k=5, seed=0):
 def of_classes(labels, n):
     """The indices of each class that has examples, sorted."""
     labels = torch.zeros(n, dtype=torch.int64) if labels is None else labels
-    return torch.split(labels.argsort(stable=True), [count for count in torch.bincount(labels).tolist() if count])
+    counts = [count for count in torch.bincount(labels).tolist() if count]
+    return torch.split(labels.argsort(stable=True), counts)
 
 
 def _gaussian(x, k):
     """Log-density of centered x [n, d]; the covariance is shrunk towards a multiple of the identity by OAS
     (https://arxiv.org/abs/0907.4698), which keeps it invertible for n < d."""
-    n, d = x.shape
-    S = x.T @ x / n                                                                     # [d, d]
+    (n, d), S = x.shape, x.T @ x / len(x)                                               # S [d, d]
     trace, square = S.trace(), S.square().sum()                                         # tr S, tr S^2
-    if trace <= 0:                                                                      # all alike
-        return torch.zeros(n)
-    rho = ((1 - 2 / d) * square + trace ** 2) / ((n + 1 - 2 / d) * (square - trace ** 2 / d).clamp(min=1e-30))
-    rho = rho.clamp(1e-6, 1)
-    S = (1 - rho) * S + rho * trace / d * torch.eye(d, dtype=S.dtype, device=S.device)
+    spread = ((n + 1 - 2 / d) * (square - trace ** 2 / d)).clamp(min=1e-300)            # 0 if S ~ I
+    rho = (((1 - 2 / d) * square + trace ** 2) / spread).clamp(1e-6, 1)
+    floor = rho * (trace / d).clamp(min=1e-300)                 # above 0 even if all are alike
+    S = (1 - rho) * S + floor * torch.eye(d, dtype=S.dtype, device=S.device)
     return torch.distributions.MultivariateNormal(torch.zeros_like(S[0]), S).log_prob(x)
 
 
@@ -849,13 +826,13 @@ def load_npy(path, what, n):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Class weights by group DRO, in DoReMi's form (https://arxiv.org/abs/2305.10429, algorithm 1): with e_c the mean
-# over class c of max(loss(proxy) - loss(reference), 0),  alpha_c <- alpha_c exp(eta e_c), normalized, and mixed
-# with the uniform weights. The result is the running mean of alpha.
+# Class weights by group DRO, in DoReMi's form (https://arxiv.org/abs/2305.10429, algorithm 1): with e_c the
+# mean over class c of max(loss(proxy) - loss(reference), 0), alpha_c <- alpha_c exp(eta e_c), normalized, and
+# mixed with the uniform weights. The result is the running mean of alpha.
 
 class GroupDRO(torch.nn.Module):
     """`weights` [classes] and `mean` [classes], their running mean, both of sum 1. A class with fewer than
-    `min_count` examples in a batch keeps its last e_c: with 0 instead, it would sink by the rate of its rarity."""
+    `min_count` examples in a batch keeps its last e_c: with 0 instead, it would sink for being rare."""
 
     def __init__(self, classes, eta=0.01, smoothing=1e-3, min_count=2):
         super().__init__()
@@ -891,20 +868,22 @@ class GroupDRO(torch.nn.Module):
 # Pictures: a grid of images, a density, panels beside or below one another.
 
 def image_grid(images, columns, side=None):
-    """Pillow image of uint8 [n, C, H, W] or latents, row by row, each `side` pixels wide (None: at least 48)."""
+    """Pillow image of uint8 [n, C, H, W] or latents, row by row, each `side` pixels wide (None: >= 48)."""
     if images.dtype != torch.uint8:                             # of latents the first three channels
-        images = (images.float() / images.float().std().clamp_min(1e-6) * 50 + 128).clamp(0, 255).to(torch.uint8)
+        images = images.float() / images.float().std().clamp_min(1e-6) * 50 + 128
+        images = images.clamp(0, 255).to(torch.uint8)
     images = images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
     side = side or max(48, images.shape[-1])
     grid = Image.new("RGB", (columns * side, max(1, -(-len(images) // columns)) * side), "white")
-    for i, image in enumerate(images.cpu()):
-        image = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).resize((side, side), Image.BICUBIC)
+    for i, image in enumerate(images.permute(0, 2, 3, 1).contiguous().cpu().numpy()):
+        image = Image.fromarray(image).resize((side, side), Image.BICUBIC)
         grid.paste(image, (i % columns * side, i // columns * side))
     return grid
 
 
 def density_picture(density, size=400, side=3.0):
-    """Pillow image of a square of this side: log-density from -4 (white) to 3 (black) of points [n, 2] or of a Tree."""
+    """Pillow image of a square of this side around 0: the log-density of points [n, 2] or of a Tree, from -4
+    (white) to 3 (black)."""
     if isinstance(density, Tree):
         ticks = (torch.arange(size) + 0.5) / size * side - side / 2
         cells = torch.stack(torch.meshgrid(ticks, -ticks, indexing="xy"), dim=-1).reshape(-1, 2)
@@ -914,7 +893,8 @@ def density_picture(density, size=400, side=3.0):
         cell = cell[((cell >= 0) & (cell < size)).all(1)]
         counts = torch.bincount(cell[:, 1] * size + cell[:, 0], minlength=size * size)
         logp = (counts * (size / side) ** 2 / len(density)).log()
-    return Image.fromarray((255 - ((logp + 4) / 7).clamp(0, 1) * 255).to(torch.uint8).view(size, size).numpy())
+    gray = 255 - ((logp + 4) / 7).clamp(0, 1) * 255
+    return Image.fromarray(gray.to(torch.uint8).view(size, size).numpy())
 
 
 def panels(pictures, titles, across=True):
@@ -930,7 +910,7 @@ def panels(pictures, titles, across=True):
 
 
 def coreset_picture(dataset, scores, keep, columns=8):
-    """Pillow image of the best-kept, last-kept and first-dropped images, of each of the first ten classes a row."""
+    """Pillow image: of each of the first ten classes, a row of best-kept, last-kept, first-dropped images."""
     parts, names = [[], [], []], dataset.class_names or ["all"]
     for members in of_classes(dataset.labels, len(dataset))[:10]:
         ranked = members[torch.sort(scores[members], descending=True, stable=True).indices]
@@ -948,10 +928,10 @@ def build_parser():
     p = parser("Report what a data set holds; prune it to a coreset.", "DATA [flags]")
     p.add_argument("data", metavar="DATA", help="folder, .zip, .tar, CIFAR-10 or .npz")
     p.add_argument("--size", type=number(int, "[1, 4096]"), help="center-crop and resize to this many pixels")
-    p.add_argument("--keep", type=number(float, "(0, 1]"), help="fraction of each class to keep (else: report only)")
+    p.add_argument("--keep", type=number(float, "(0, 1]"), help="fraction kept of each class (else: report)")
     p.add_argument("--prune", choices=PRUNE_SCORES, default="gaussian", help="score")
-    p.add_argument("--features", default="pixels", help="what the score sees: pixels (principal components at 8x8), "
-                   "or a .npy file [N, d] such as fid.py --save-features writes")
+    p.add_argument("--features", default="pixels", help="what the score sees: pixels (principal components "
+                   "at 8x8), or a .npy file [N, d] such as fid.py --save-features writes")
     p.add_argument("--k", type=number(int, "[1, inf)"), default=5, help="the neighbour that knn looks at")
     p.add_argument("--out", default="keep.npy", help="kept indices")
     p.add_argument("--show", help="picture (PNG) of best-kept, last-kept and first-dropped images")

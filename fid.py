@@ -6,10 +6,10 @@ https://arxiv.org/abs/1904.06991. Images are always scored as uint8. Two image s
     python fid.py REAL FAKE --features inception
     python fid.py --compare runs/uniform-s0 runs/uniform-s1 runs/ajest-s0 runs/ajest-s1
 """
-import argparse
 import hashlib
 import html
 import io
+import itertools
 import json
 import os
 import re
@@ -181,15 +181,15 @@ class Pixels(torch.nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# A feature network by its name. Files are not trusted: a network has no memory of its own before it
-# takes over the tensors of the file, and these are no larger than the file.
+# A feature network by its name. Files are not trusted: a network has no memory of its own before it takes
+# over the tensors of the file, and these are no larger than the file.
 
 def network(name, device="cpu", weights=None):
     """The module of "inception", "own:CKPT" (a file of fid.py --fit) or "pixels" on `device`.
 
-    It maps uint8 [N, 3, H, W] ("pixels" also latents [N, C, H, W]) to float32 [N, d]; its `.id` tells features
-    apart, wherever their file lies. `weights` is the file of Inception's; None = $FID_INCEPTION_WEIGHTS, else the
-    one in torch's hub cache, else a download into it. Raises DataError.
+    It maps uint8 [N, 3, H, W] ("pixels" also latents) to float32 [N, d]. Its `.id` tells features apart,
+    wherever their file lies. `weights`: Inception's file; None = $FID_INCEPTION_WEIGHTS, else the one in
+    torch's hub cache, else a download into it. Raises DataError.
     """
     kind, _, path = name.partition(":")
     if name == "pixels":
@@ -213,12 +213,13 @@ def network(name, device="cpu", weights=None):
                 net = Classifier(len(file["class_names"]), file["width"])
             net.load_state_dict(file["model"], assign=True)
             tensors = file["model"].values()
-            if sum(t.nbytes for t in tensors) > len(content) or not all(t.isfinite().all() for t in tensors):
-                raise ValueError("its tensors are not finite, or larger than the file")
+            if sum(t.nbytes for t in tensors) > len(content) or not all(
+                    t.dtype in (torch.float32, torch.int64) and t.isfinite().all() for t in tensors):
+                raise ValueError("its tensors are not finite float32, or larger than the file")
     else:
         raise data.DataError(f"--features {name}: give inception, own:CKPT or pixels")
     net.id, net.device = name, torch.device(device)
-    return net.float().to(net.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    return net.to(net.device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
 def distance_name(id):
@@ -287,16 +288,15 @@ def fit(path, dataset, epochs=None, width=None, device="cpu", batch=None, seed=0
 
 def _augment(images, generator, shift=4):
     """Move each image [N, C, H, W] by up to `shift` pixels (mirrored border), flip half of them; floats."""
-    (n, c, h, w), device = images.shape, images.device
+    (n, _, h, w), device = images.shape, images.device
     padded = F.pad(images.float(), 4 * [shift], mode="reflect")
     y, x = torch.randint(2 * shift + 1, (2, n, 1), generator=generator, device=device)
     flip = torch.rand(n, 1, generator=generator, device=device) < 0.5
     column = torch.arange(w, device=device)
     rows = y + torch.arange(h, device=device)                                           # [n, h]
     columns = x + torch.where(flip, column.flip(0), column)                             # [n, w]
-    example, channel = torch.arange(n, device=device), torch.arange(c, device=device)
-    return padded[example[:, None, None, None], channel[:, None, None], rows[:, None, :, None],
-                  columns[:, None, None, :]]
+    example = torch.arange(n, device=device)[:, None, None]
+    return padded[example, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -307,8 +307,8 @@ def extract(net, x, index=None, batch=128, label=None):
     """Features float32 [n, d], on the CPU, of x[index] (None = all); x uint8 or float [N, C, H, W], anywhere.
     The last batch is padded, so that the network sees one shape. A label shows progress. Raises DataError."""
     if net.id != "pixels" and (x.dtype != torch.uint8 or x.shape[1] != 3 or min(x.shape[2:]) < 8):
-        raise data.DataError(f"{x.dtype} {list(x.shape[1:])}: {net.id} features are those of uint8 images with 3 "
-                             "channels, from 8 pixels on (--features pixels: of latents, too)")
+        raise data.DataError(f"{net.id} features are of uint8 images [3, H, W], H and W from 8 on, not of "
+                             f"{x.dtype} {list(x.shape[1:])}; --features pixels are of latents, too")
     index = torch.arange(len(x)) if index is None else index
     n, batch, parts = len(index), min(batch, len(index)), []
     for rows in F.pad(index, (0, -n % batch)).split(batch):
@@ -322,9 +322,9 @@ def extract(net, x, index=None, batch=128, label=None):
     return features
 
 
-def data_features(net, dataset, batch=128, label=None):
-    """`extract` of a whole Dataset, computed once for this content and network, then read from $DATA_CACHE (else
-    ~/.cache/data-curation). Raises DataError."""
+def data_features(net, dataset, label=None, batch=128):
+    """`extract` of a whole Dataset, computed once for this content and network, then read from $DATA_CACHE
+    (else ~/.cache/data-curation). Raises DataError."""
     folder = Path(os.environ.get("DATA_CACHE") or Path.home() / ".cache" / "data-curation")
     path = folder / f"features-{dataset.fingerprint[:16]}-{net.id.replace(':', '-')}.npy"
     if not path.exists():
@@ -333,10 +333,7 @@ def data_features(net, dataset, batch=128, label=None):
         with data.writing(path) as file:
             np.save(file, features.numpy())
     with data.reading(path, "features of this program (delete it)"):
-        features = torch.from_numpy(np.load(path, allow_pickle=False))
-        if features.dtype != torch.float32 or features.ndim != 2 or len(features) != len(dataset):
-            raise ValueError(f"it is {features.dtype} {list(features.shape)}")
-        return features
+        return torch.from_numpy(np.load(path, allow_pickle=False))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -378,14 +375,14 @@ def _share_inside(points, centres, k, block):
 # features themselves, for precision and recall.
 
 def summary(features):
-    """dict(n, mu float64 [d], sigma float64 [d, d], features float32 [at most 10,000, d], evenly spaced ones) of
+    """dict(n, mu float64 [d], sigma float64 [d, d], features float32 [at most 10,000, d], evenly spaced) of
     features [n, d]. Raises DataError for fewer than two."""
     n = len(features)
     if n < 2:
         raise data.DataError("only one image: a distance needs at least 2 on each side")
     x, kept = data.double(features), min(n, 10_000)
     some = features[torch.arange(kept) * n // kept].float()
-    return dict(n=n, mu=x.mean(0), sigma=torch.cov(x.T), features=some)
+    return dict(n=n, mu=x.mean(0), sigma=torch.atleast_2d(torch.cov(x.T)), features=some)
 
 
 def score(real, fake, name, device="cpu"):
@@ -415,8 +412,8 @@ def score_line(real, fake, id, device="cpu"):
 
 
 def statistics(path):
-    """The summary in an .npz of mu and sigma, as pytorch-fid writes it; it has the `id` of the network, but no
-    features. None for an .npz of other things; raises DataError for a damaged one."""
+    """The summary in an .npz of mu and sigma, as pytorch-fid writes it: no features, but the network's `id`.
+    None for an .npz of other things; raises DataError for a damaged one."""
     with data.reading(path, "statistics (mu [d], sigma [d, d], finite), nor a data set"):
         with np.load(path, allow_pickle=False) as file:
             if not {"mu", "sigma"} <= set(file.files):
@@ -424,7 +421,8 @@ def statistics(path):
             mu, sigma = (torch.from_numpy(file[key].astype(np.float64)) for key in ("mu", "sigma"))
             n = int(file["n"]) if "n" in file else -1
             id = str(file["features_id"]) if "features_id" in file else "inception"
-        if mu.ndim != 1 or sigma.shape != 2 * mu.shape or not (mu.norm() + sigma.norm()).float().isfinite():
+        finite = (mu.norm() + sigma.norm()).float().isfinite()  # squares and products, too
+        if mu.ndim != 1 or len(mu) < 1 or sigma.shape != 2 * mu.shape or not finite:
             raise ValueError(f"mu is {list(mu.shape)}, sigma {list(sigma.shape)}")
         return dict(n=n, mu=mu, sigma=sigma, features=None, id=id)
 
@@ -489,33 +487,32 @@ NOT_METRICS = {"kind", "step", "seconds", "select_seconds", "reference_seconds",
 
 
 class Run:
-    """A run folder: `config`, and `evals`, the evaluations in its log, to which training_seconds are added: the
-    run's and its reference's. Raises DataError."""
+    """A run folder: `config`, and `curves[axis, metric, guided]`, arrays x [n] and y [n], by rising x, of the
+    evaluations in its log that have the metric. Raises DataError."""
 
     def __init__(self, path):
-        self.path = path
+        self.path, self.curves = path, {}
         with data.reading(path, "a run folder of train.py"):
             self.config = dict(json.loads(Path(path, "config.json").read_text()))
             lines = Path(path, "log.jsonl").read_text().split("\n")[:-1]                # not a torn last line
-            self.evals = [r for r in map(json.loads, lines) if r["kind"] == "eval"]
-            for r in self.evals:
-                r["training_seconds"] = r["seconds"] + r.get("reference_seconds", 0)
-            weights = {r["guidance"] for r in self.evals}
+            evals = [r for r in map(json.loads, lines) if r["kind"] == "eval"]
+            weights = {r["guidance"] for r in evals}
             if not weights or len(weights - {1}) > 1:
                 raise ValueError(f"it has {'several guidance weights' if weights else 'no evaluations'}")
-            self.guided = 1 not in weights      # all of it
-
-    def curve(self, axis, metric, guided):
-        """Arrays x [n] and y [n] of the evaluations that have the metric, by rising x; n may be 0."""
-        with data.reading(self.path, "a run folder of train.py"):
-            points = sorted((r[axis], r[metric]) for r in self.evals
-                            if (r["guidance"] != 1) == guided and r.get(metric) is not None)
-            points = np.array(points, np.float64).reshape(-1, 2).T
-            return points[:, np.isfinite(points).all(0)]
+            for r in evals:
+                r["training_seconds"] = r["seconds"] + r.get("reference_seconds", 0)
+            metrics = dict.fromkeys(key for r in evals for key in r if key != "kind")
+            for axis, metric, guided in itertools.product(AXES, metrics, (False, True)):
+                points = sorted((r[axis], r[metric]) for r in evals
+                                if metric in r and (r["guidance"] != 1) == guided)
+                points = np.array(points, np.float64).reshape(-1, 2)
+                points = points[np.isfinite(points).all(1)]
+                if len(points):
+                    self.curves[axis, metric, guided] = points.T
 
     def at(self, x, axis, metric, guided):
         """The metric where the axis is x, a number or [n]."""
-        xs, ys = self.curve(axis, metric, guided)
+        xs, ys = self.curves[axis, metric, guided]
         assert xs[0] <= np.min(x) and np.max(x) <= xs[-1], "extrapolation"
         return np.interp(x, xs, ys)
 
@@ -530,7 +527,7 @@ def group_runs(paths):
             if first != here:
                 raise data.DataError(f"{run.path}, {runs[0].path}: not comparable, {key} {here} and {first}")
         same = {key: SEED_SUFFIX.sub("", value) if isinstance(value, str) else value
-                for key, value in run.config.items() if key not in ("seed", "out")}     # a guide's path has seeds
+                for key, value in run.config.items() if key not in ("seed", "out")}     # a guide has a seed
         by_config.setdefault(json.dumps(same, sort_keys=True), []).append(run)
     for arm in by_config.values():
         name = SEED_SUFFIX.sub("", os.path.basename(os.path.abspath(arm[0].path)))
@@ -545,22 +542,20 @@ def compare(paths, out="compare.svg", metric=None):
     at the most examples and one at the most seconds that all runs reach. Raises DataError."""
     arms = group_runs(paths)
     runs = sum(arms.values(), [])
-    names = dict.fromkeys(key for run in runs for r in run.evals for key in r if key not in NOT_METRICS)
-    columns = [(name, guided) for name in names for guided in (False, True)
-               if any(run.curve("step", name, guided).size for run in runs)]
-    metrics = list(dict(columns))
+    columns = list(dict.fromkeys(key[1:] for run in runs for key in run.curves if key[1] not in NOT_METRICS))
+    metrics = list(dict(columns))               # a column is (metric, guided)
     if not metrics or metric and metric not in metrics:
         raise data.DataError(f"--metric {metric}: the runs have {', '.join(metrics) or 'no metrics'}")
     tables, missing = [], []
     for axis, words in AXES.items():
-        ends = [(xs[0], xs[-1], run.path) for run in runs for key in columns
-                for xs, _ in [run.curve(axis, *key)] if len(xs)]
+        ends = [(xs[0], xs[-1], run.path) for run in runs
+                for key, (xs, _) in run.curves.items() if key[0] == axis and key[1] in metrics]
         (low, _, late), (_, high, early) = max(ends), min(ends, key=lambda end: end[1])
         if low <= high:
             tables.append(_table(arms, axis, columns, high))
         else:
-            missing.append(f"The runs have no {words} in common: {early} ends at {high:,.6g}, {late} begins at "
-                           f"{low:,.6g}; train longer, or evaluate earlier.")
+            missing.append(f"The runs have no {words} in common: {early} ends at {high:,.6g}, {late} begins "
+                           f"at {low:,.6g}; train longer, or evaluate earlier.")
     if not tables:
         raise data.DataError(" ".join(missing))
     metric = metric or metrics[0]
@@ -573,10 +568,11 @@ def _table(arms, axis, columns, x):
     head = [metric + (", guided" if guided else "") for metric, guided in columns]
     rows = [["arm", "runs", *head, "selection", "ms/step"], ["---"] + ["---:"] * (len(head) + 3)]
     for name, arm in arms.items():
-        cells = [_mean_std([run.at(x, axis, *key) for run in arm if run.curve(axis, *key).size])
+        cells = [_mean_std([run.at(x, axis, *key) for run in arm if (axis, *key) in run.curves])
                  for key in columns]
-        seconds, selecting, steps = (np.array([run.at(x, axis, key, run.guided) for run in arm])
-                                     for key in ("seconds", "select_seconds", "step"))
+        seconds, selecting, steps = (
+            np.array([run.at(x, axis, key, (axis, key, False) not in run.curves) for run in arm])
+            for key in ("seconds", "select_seconds", "step"))
         share, speed = selecting / np.maximum(seconds, 1e-9), 1000 * seconds / np.maximum(steps, 1)
         rows.append([name, str(len(arm)), *cells, f"{100 * share.mean():.0f}%", f"{speed.mean():.3g}"])
     note = " (guide and reference training counted, evaluation not)" if axis == "training_seconds" else ""
@@ -593,17 +589,17 @@ def _lines(arms, axis, metric):
     """Lines for `_chart`: each arm's mean and standard deviation over its runs, on their common range."""
     lines = []
     for color, (name, arm) in enumerate(arms.items()):
-        guides = any(run.curve(axis, metric, True).size for run in arm)
-        for guided in (True, False):
-            runs = [run for run in arm if run.curve(axis, metric, guided).size]
-            xs = [run.curve(axis, metric, guided)[0] for run in runs]
+        guides = any((axis, metric, True) in run.curves for run in arm)
+        for key in (axis, metric, True), (axis, metric, False):
+            runs = [run for run in arm if key in run.curves]
+            xs = [run.curves[key][0] for run in runs]
             if runs and max(x[0] for x in xs) <= min(x[-1] for x in xs):
                 x = np.unique(np.concatenate(xs).clip(max(x[0] for x in xs), min(x[-1] for x in xs)))
-                y = np.stack([run.at(x, axis, metric, guided) for run in runs])         # [runs, n]
+                y = np.stack([run.at(x, *key) for run in runs])                         # [runs, n]
                 std = y.std(0, ddof=1) if len(runs) > 1 else 0 * x
-                suffix = ", guided" if guided else ", unguided" if guides else ""
+                suffix = ", guided" if key[2] else ", unguided" if guides else ""
                 lines.append(dict(name=name + suffix, x=x, y=y.mean(0), std=std, color=COLORS[color % 10],
-                                  dashed=guides and not guided))
+                                  dashed=guides and not key[2]))
     return lines
 
 
@@ -625,7 +621,7 @@ def _chart(panels, path, width=620, height=400):
     svg = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width * len(panels)} {total}" '
            'font-family="sans-serif" font-size="14">', '<rect width="100%" height="100%" fill="white"/>']
     for i, panel in enumerate(panels):
-        svg += _panel(*panel, i * width + 80, 44, (i + 1) * width - 30, height - 70)
+        svg += _panel(*panel, i * width + 80, 44, (i + 1) * width - 45, height - 70)
     for i, (name, line) in enumerate(legend.items()):
         x, y = 80 + i % columns * column, height + i // columns * 24
         label = _text(x + 46, y + 5, f"{name}  {line['y'][-1]:.4g}")
@@ -686,31 +682,24 @@ def _stroke(line):
 # ------------------------------------------------------------------------------------------------------------
 # Command line.
 
-def _output(text):
-    """An argparse type: a file to write. That its folder is there is checked before any work is done."""
-    if not os.path.isdir(os.path.dirname(text) or "."):
-        raise argparse.ArgumentTypeError(f"{text}: no such folder")
-    return text
-
-
 def build_parser():
     N = data.number
     p = data.parser(__doc__, "REAL FAKE [flags]")
-    p.add_argument("paths", nargs="*", metavar="PATH", help="REAL FAKE, or the DATA of a flag below: all that "
-                   "data.py reads, REAL and FAKE also an .npz of statistics (mu, sigma)")
+    p.add_argument("paths", nargs="*", metavar="PATH", help="REAL FAKE, or the DATA of a command below: "
+                   "all that data.py reads, REAL and FAKE also an .npz of statistics (mu, sigma)")
     g = p.add_argument_group("features")
     g.add_argument("--features", default="inception", help="inception, own:CKPT or pixels")
-    g.add_argument("--inception-weights", metavar="FILE", help="FID weights (default: $FID_INCEPTION_WEIGHTS, "
-                   "else the file in torch's hub cache, else a download)")
+    g.add_argument("--inception-weights", metavar="FILE", help="FID weights (default: the file "
+                   "$FID_INCEPTION_WEIGHTS, else the one in torch's hub cache, else a download)")
     g.add_argument("--device", type=data.device, default="cuda" if torch.cuda.is_available() else "cpu",
                    help="cpu, cuda or mps")
-    g.add_argument("--batch", type=N(int, "[1, 65536]"), help="images a pass (default: 128; --fit on CUDA 512)")
+    g.add_argument("--batch", type=N(int, "[1, 65536]"), help="images a pass (default: 128; --fit: CUDA 512)")
     g.add_argument("--size", type=N(int, "[8, 4096]"), help="center-crop and resize to this many pixels")
     g = p.add_argument_group("other commands").add_mutually_exclusive_group()
-    g.add_argument("--save-stats", type=_output, metavar="FILE.npz", help="write the statistics of REAL")
-    g.add_argument("--save-features", type=_output, metavar="FILE.npy", help="write DATA's features [N, d]")
+    g.add_argument("--save-stats", metavar="FILE.npz", help="write the statistics of REAL")
+    g.add_argument("--save-features", metavar="FILE.npy", help="write DATA's features [N, d]")
     g.add_argument("--noise-floor", action="store_true", help="score the even against the odd images of DATA")
-    g.add_argument("--fit", type=_output, metavar="CKPT", help="fit a small classifier to labelled DATA")
+    g.add_argument("--fit", metavar="CKPT", help="fit a small classifier to labelled DATA")
     g.add_argument("--compare", nargs="+", metavar="RUN", help="run folders; seeds of one arm are averaged")
     g = p.add_argument_group("with --fit")
     g.add_argument("--epochs", type=N(int, "[1, 10000]"), help="passes over DATA (default: CUDA 15, else 3)")
@@ -719,7 +708,7 @@ def build_parser():
     g.add_argument("--seed", type=N(int, "[0, inf)"), default=0, help="of the weights and the held-out tenth")
     g = p.add_argument_group("with --compare")
     g.add_argument("--metric", help="metric to draw (default: the first in the log)")
-    g.add_argument("--out", type=_output, default="compare.svg", metavar="FILE.svg", help="the chart")
+    g.add_argument("--out", default="compare.svg", metavar="FILE.svg", help="the chart")
     return p
 
 
@@ -728,8 +717,8 @@ def run(args):
     alone = args.fit or args.save_features or args.noise_floor
     wanted = [0] if args.compare else [1] if alone else [1, 2] if args.save_stats else [2]
     if len(args.paths) not in wanted:
-        raise data.DataError(f"{len(args.paths)} paths given: two (REAL FAKE) are scored, one goes with --fit, "
-                             "--noise-floor, --save-stats, --save-features, none with --compare")
+        raise data.DataError(f"{len(args.paths)} paths given: two (REAL FAKE) are scored, one goes with "
+                             "--fit, --noise-floor, --save-stats, --save-features, none with --compare")
     if args.compare:
         return print(compare(args.compare, args.out, args.metric))
     stored = [None if alone or not path.endswith(".npz") else statistics(path) for path in args.paths]
@@ -741,7 +730,7 @@ def run(args):
     id, *others = {known["id"] for known in stored if known} | ({net.id} if net else set())
     if others:
         raise data.DataError(f"these features cannot be compared: {', '.join([id, *others])}")
-    features = [None if known else data_features(net, dataset, args.batch or 128, path)
+    features = [None if known else data_features(net, dataset, path, args.batch or 128)
                 for path, known, dataset in zip(args.paths, stored, sets)]
     if args.save_features:
         with data.writing(args.save_features) as file:

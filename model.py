@@ -303,7 +303,7 @@ def accelerate(function, device, bf16=False, compiled=False):
 
 
 def able(device, bf16=None, compiled=None):
-    """(bf16, compiled) as wanted (None: on CUDA), less what this machine cannot do, which is said in one line."""
+    """(bf16, compiled) as wanted (None: on CUDA), less what this machine cannot do, which one line says."""
     cuda = torch.device(device).type == "cuda"
     bf16, compiled = (cuda if wanted is None else wanted for wanted in (bf16, compiled))
     torch.backends.cudnn.benchmark = True                       # all shapes are fixed
@@ -362,15 +362,15 @@ class PowerEMA:
 # A trained denoiser out of a checkpoint: a dictionary of tensors and plain data, read with weights_only=True.
 
 def load_denoiser(path, ema=None, device="cpu"):
-    """The denoiser at `path`, a checkpoint file or a run folder, ready for sampling or as a reference. `ema`: an
-    EMA length in it, None = the first, 0 = raw weights. Any exception means that the file is not one."""
+    """The denoiser at `path`, a checkpoint file or a run folder, ready for sampling or as a reference.
+    `ema`: an EMA length in it, None = the first, 0 = raw weights. Any exception means that it is none."""
     path = os.path.join(path, "checkpoint.pt") if os.path.isdir(path) else path
     checkpoint = torch.load(path, map_location=device, weights_only=True)
     averages = checkpoint["ema"]
     length = next(iter(averages)) if ema is None else str(float(ema))
     if ema != 0 and length not in averages:
         raise ValueError(f"no EMA of length {ema} (--ema) but {', '.join(averages)}")
-    with torch.device("meta"):                                  # shapes only: a hostile configuration allocates nothing
+    with torch.device("meta"):                                  # shapes only: a hostile one allocates nothing
         denoiser = build(checkpoint["model_config"])
     denoiser.load_state_dict({**checkpoint["model"], **({} if ema == 0 else averages[length])}, assign=True)
     if not all(tensor.isfinite().all() for tensor in denoiser.state_dict().values()):

@@ -22,23 +22,26 @@ import model
 
 def build_parser():
     parser = data.parser(__doc__, "RUN_OR_CHECKPOINT --out OUT [flags]")
-    count, on_off = data.number(int, "[1, inf)"), argparse.BooleanOptionalAction
+    count, amount = data.number(int, "[1, inf)"), data.number(float, "[0, inf)")
+    on_off = argparse.BooleanOptionalAction
     parser.add_argument("checkpoint", metavar="RUN_OR_CHECKPOINT", help="run folder or checkpoint file")
     parser.add_argument("--n", type=count, default=64, help="number of samples")
     parser.add_argument("--out", required=True, help="grid.png, samples.npz, or a folder/ of PNG files")
-    parser.add_argument("--seed", type=data.number(int, "[0, 1e15]"), default=0, help="sample i is drawn from seed + i")
+    parser.add_argument("--seed", type=data.number(int, "[0, 1e15]"), default=0,
+                        help="sample i is drawn from seed + i")
     parser.add_argument("--class", dest="label", help="class name or number; none = all in turn")
-    parser.add_argument("--ema", type=data.number(float, "[0, 1)"), help="EMA length (0 = raw weights); none = the first")
+    parser.add_argument("--ema", type=amount, help="EMA length (0 = raw weights); none = the first")
     parser.add_argument("--batch", type=count, default=64, help="samples at a time")
     g = parser.add_argument_group("guidance")
-    g.add_argument("--guidance", type=data.number(float, "[0, inf)"), help="weight (1 = off); none = as trained")
+    g.add_argument("--guidance", type=amount, help="weight (1 = off); none = as trained")
     g.add_argument("--guide", help="checkpoint; none = the run's own guide")
-    g.add_argument("--interval", type=data.number(float, "[0, inf)"), nargs=2, default=[0.0, float("inf")],
+    g.add_argument("--interval", type=amount, nargs=2, default=[0.0, float("inf")],
                    metavar=("LO", "HI"), help="guide only at LO <= sigma <= HI")
     g = parser.add_argument_group("sampler (EDM, arXiv 2206.00364, algorithms 1 and 2)")
     g.add_argument("--steps", type=count, default=32, help="Heun steps")
-    g.add_argument("--sigma-max", type=data.number(float, "(0.002, inf)"), help="first noise level; none = as trained")
-    g.add_argument("--S-churn", type=data.number(float, "[0, inf)"), default=0.0, help="stochasticity (0 = off)")
+    g.add_argument("--sigma-max", type=data.number(float, "(0.002, inf)"),
+                   help="first noise level; none = as trained")
+    g.add_argument("--S-churn", type=amount, default=0.0, help="stochasticity (0 = off)")
     g = parser.add_argument_group("machine")
     g.add_argument("--device", type=data.device, default="cuda" if torch.cuda.is_available() else "cpu",
                    help="cpu, cuda, cuda:1 or mps")
@@ -97,8 +100,9 @@ def run(args):
         raise data.DataError(f"--out {args.out}: a folder holds images; give an .npz for {kind} samples")
     if not suffix:
         os.makedirs(args.out, exist_ok=True)
-    for x in guide.generate(denoiser, range(args.seed, args.seed + args.n), labels, args.batch, args.device,
-                            steps=args.steps, sigma_max=args.sigma_max or config["sigma_max"], S_churn=args.S_churn):
+    seeds, sigma_max = range(args.seed, args.seed + args.n), args.sigma_max or config["sigma_max"]
+    for x in guide.generate(denoiser, seeds, labels, args.batch, args.device, steps=args.steps,
+                            sigma_max=sigma_max, S_churn=args.S_churn):
         parts.append(data.decode(x, config).cpu())
         done = sum(map(len, parts))
         data.progress(f"{done}/{args.n} samples", last=done == args.n)
@@ -110,12 +114,13 @@ def run(args):
         with data.writing(args.out) as file:
             if suffix == ".npz":
                 name = {"image": "images", "latent": "latents", "tree": "points"}[kind]
-                np.savez(file, **{name: samples.numpy()}, **({} if labels is None else {"labels": labels.numpy()}))
-            else:
-                columns = min(len(config["class_names"]), 20) if labels is not None and args.label is None else 0
-                picture = (data.density_picture(samples) if kind == "tree" else
-                           data.image_grid(samples, columns or round(args.n ** 0.5)))
-                picture.save(file, format="PNG")
+                extra = {} if labels is None else {"labels": labels.numpy()}
+                np.savez(file, **{name: samples.numpy()}, **extra)
+            elif kind == "tree":
+                data.density_picture(samples).save(file, format="PNG")
+            else:                                               # a column a class, or a square
+                columns = min(len(config["class_names"]), 20) * (args.label is None) or round(args.n ** 0.5)
+                data.image_grid(samples, columns).save(file, format="PNG")
     print(f"wrote {args.out}")
 
 

@@ -82,13 +82,13 @@ NEEDS_REFERENCE = ("learnability", "easy")
 
 
 def score(learner, reference, kind="learnability", invert=False, gain=0.0):
-    """Per-example scores [B] from the losses [B] of learner and reference on the same sigma, noise and target.
+    """Per-example scores [B] from the losses [B] of learner and reference on one sigma, noise and target.
 
     kind: "learnability" = learner - reference, "hard" = learner, "easy" = -reference (2406.17711, sec. 3.1).
-    "gradient-norm" = log(learner + 0.1) / 2: its softmax draws in proportion to the root of the loss, the norm of
-    the gradient with respect to the raw network's output up to a constant; 0.1 bounds the weights of --debias.
-    `reference` may be None for the kinds that are not in NEEDS_REFERENCE. gain > 0 standardizes the scores over
-    the super-batch and multiplies them by gain; 0 leaves them as they are.
+    "gradient-norm" = log(learner + 0.1) / 2: its softmax draws in proportion to the root of the loss, the
+    norm of the gradient with respect to the raw network's output up to a constant; 0.1 bounds the weights of
+    --debias. `reference` may be None for the kinds that are not in NEEDS_REFERENCE. gain > 0 standardizes the
+    scores over the super-batch and multiplies them by gain; 0 leaves them as they are.
     """
     if kind == "gradient-norm":
         s = (learner + 0.1).log() / 2
@@ -99,13 +99,13 @@ def score(learner, reference, kind="learnability", invert=False, gain=0.0):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The curator: scores B examples with learner and reference on the same noise level, noise and target, keeps b of
-# them with exactly these, and knows when to. AJEST is JEST whose reference is the guide.
+# The curator: scores B examples with learner and reference on the same noise level, noise and target, keeps b
+# of them with exactly these, and knows when to. AJEST is JEST whose reference is the guide.
 
 class Curator:
-    """c: the run's settings (score, invert, gain, interpolate, chunks, debias, the early and late rules, micro_batch).
-    learner: the Denoiser in training; reference: a Denoiser, or None where neither score nor rules need one;
-    accelerate: applied to the function that computes the losses."""
+    """c: the run's settings (score, invert, gain, interpolate, chunks, debias, micro_batch, the early and late
+    rules). learner: the Denoiser in training; reference: a Denoiser, or None where neither score nor rules need
+    one; accelerate: applied to the function that computes the losses."""
 
     def __init__(self, c, learner, reference=None, accelerate=lambda function: function):
         self.c, self.learner, self.reference = c, learner, reference
@@ -141,12 +141,13 @@ class Curator:
 
     def statistics(self, batch, chosen):
         """For the log: the mean ln sigma of the super-batch and of what was chosen of it."""
-        return dict(ln_sigma_drawn=batch.sigma.log().mean().item(), ln_sigma_selected=chosen.sigma.log().mean().item())
+        return dict(ln_sigma_drawn=batch.sigma.log().mean().item(),
+                    ln_sigma_selected=chosen.sigma.log().mean().item())
 
     def active(self, step, progress, super_batches, average=lambda tensors: None):
-        """Whether this step selects. Early AJEST does for its first steps. The other two rules compare the mean
-        losses of learner and reference on the step's super-batch once per log interval (`average` makes several
-        processes agree), and keep in progress["selecting"] what they found."""
+        """Whether this step selects. Early AJEST does for its first steps. The other two rules compare the
+        mean losses of learner and reference on the step's super-batch once per log interval (`average` makes
+        several processes agree), and keep in progress["selecting"] what they found."""
         c, selecting = self.c, progress["selecting"]
         if step % c.log_every == 0 and (c.until_better and selecting or c.once_better and not selecting):
             means = self.measure(super_batches[step]).mean(1)                           # [2]

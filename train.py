@@ -1,4 +1,4 @@
-"""Train a diffusion model while choosing its data: online (JEST, AJEST) or offline (coreset and class weights).
+"""Train a diffusion model while choosing its data: online (JEST, AJEST) or offline (coreset, class weights).
 
 "Autoguided Online Data Curation for Diffusion Model Training" (arXiv 2509.15267) and "Pruning then
 Reweighting: Towards Data-Efficient Training of Diffusion Models" (arXiv 2409.19128). One run is one folder;
@@ -33,9 +33,17 @@ _spec.loader.exec_module(select)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Flags: name, type, default, help. A tuple of five is the default by preset, chosen by the data: the 2-D tree,
-# images up to 32 pixels, larger ones, latents, and what replaces some of them for images and latents on a CPU.
-# The tree follows the toy of 2406.02507, the images EDM's and EDM2's noise levels, with a decay for short runs.
+# Flags: name, type, default, help. A tuple of five is the default by preset, chosen by the data: the 2-D
+# tree, images up to 32 pixels, larger ones, latents; the fifth replaces it for images and latents on a CPU.
+# The tree follows the toy of 2406.02507, images EDM's and EDM2's noise levels; the decay suits short runs.
+
+def share_or_file(text):
+    """An argparse type: a fraction in (0, 1], else the name of a file."""
+    try:
+        return data.number(float, "(0, 1]")(text)
+    except ValueError:
+        return text
+
 
 PRESETS = ("tree", "32", "64", "latent", "cpu")
 N, X = lambda interval: data.number(int, interval), lambda interval: data.number(float, interval)
@@ -45,7 +53,7 @@ FLAGS = {
         ("data", str, None, "folder, zip, tar, CIFAR-10 or .npz; none = the 2-D tree"),
         ("out", str, None, "run folder; none = runs/DATA-SELECTOR"),
         ("size", N("[8, 4096]"), None, "center-crop and resize images to this many pixels"),
-        ("flip", bool, (False, True, True, False, None), "horizontal flips, labelled so that they do not leak"),
+        ("flip", bool, (False, True, True, False, None), "horizontal flips, labelled so as not to leak"),
         ("holdout", N(ANY), 0, "examples held out for the validation loss (0 = off)"),
         ("imbalance", X(SOME), None, "make classes long-tailed: head over tail, e.g. 100"),
     ],
@@ -59,13 +67,14 @@ FLAGS = {
         ("lr-decay", N(SOME), (512, 2000, 4000, 4000, 400), "steps after which it falls as 1/sqrt(step)"),
         ("warmup", N(ANY), (0, 200, 200, 200, 50), "steps of linear warm-up (0 = off)"),
         ("dropout", X(SHARE), (0, 0.13, 0, 0, 0), "dropout inside the residual blocks"),
-        ("ema", [X("(0, 0.28)")], [0.05, 0.10], "EMA lengths relative to training; the first is evaluated"),
+        ("ema", [X("(0, 0.28)")], ([0.02, 0.10], [0.05, 0.10], [0.05, 0.10], [0.05, 0.10], None),
+         "EMA lengths relative to training; the first is evaluated"),
         ("P-mean", X("(-inf, inf)"), (-2.3, -1.2, -0.8, -0.4, None), "mean of ln sigma in training"),
         ("P-std", X("(0, inf)"), (1.5, 1.2, 1.6, 1.0, None), "standard deviation of ln sigma in training"),
-        ("targets", ("sample", "batch", "all"), ("batch", "sample", "sample", "sample", None), "what D regresses on: "
-         "x0 itself, or its posterior mean given the batch's or all examples (2302.00670)"),
-        ("guided-targets", X(SOME), 1, "move the targets by 1 - 1/W of learner - guide, so that the network itself "
-         "becomes the autoguided denoiser of weight W (1 = off)"),
+        ("targets", ("sample", "batch", "all"), ("batch", "sample", "sample", "sample", None),
+         "what D learns: x0 itself, or its posterior mean given the batch's or all examples (2302.00670)"),
+        ("guided-targets", X(SOME), 1, "move the targets by 1 - 1/W of learner - guide, so that the network "
+         "itself becomes the autoguided denoiser of weight W (1 = off)"),
     ],
     "online selection (2509.15267)": [
         ("selector", ("uniform", "jest", "ajest"), "uniform", "how batches are made"),
@@ -78,28 +87,29 @@ FLAGS = {
         ("early-steps", N(ANY), 0, "select during the first N steps (0 = throughout)"),
         ("until-better", True, False, "select until the learner beats the reference"),
         ("once-better", True, False, "select once the learner beats the reference"),
-        ("after", ("uniform", "full"), "uniform", "where selection is over: batches of b, or whole super-batches"),
+        ("after", ("uniform", "full"), "uniform", "where selection is over: batches of b, or all of B"),
         ("interpolate", X(ANY), 0, "score the autoguided denoiser of weight X (0 = off)"),
         ("reference", str, None, "checkpoint that --selector jest scores against; none = the learner's EMA"),
     ],
     "guide, sampling and evaluation (2406.02507)": [
-        ("guide", str, "auto", "checkpoint; train = train one first; snapshot = the learner's own EMA after some of "
-         "the steps; none; auto = train where selection needs it from the start, else snapshot"),
+        ("guide", str, "auto", "checkpoint; train = train one first; snapshot = the learner's own EMA after "
+         "guide-steps; none; auto = train where selection needs it from the start, else snapshot"),
         ("guide-channels", N(SOME), (32, None, None, None, None), "width of the trained guide; none = half"),
         ("guide-batch", N(SOME), (4096, None, None, None, None), "its batch; none = the run's"),
-        ("guide-steps", N(SOME), None, "its steps, or the snapshot's; none = an eighth (tree, trained: 1024)"),
+        ("guide-steps", N(SOME), None,
+         "its steps, or the snapshot's; none = an eighth (trained on the tree: 1024)"),
         ("guidance", X(ANY), (3.0, 1.6, 1.8, 1.8, None), "guidance weight of samples (1 = off)"),
         ("sampling-steps", N(SOME), (32, 32, 32, 32, 16), "Heun steps"),
-        ("sigma-max", X("(0.002, inf)"), (5.0, 80.0, 80.0, 80.0, None), "noise level at which sampling starts"),
+        ("sigma-max", X("(0.002, inf)"), (5.0, 80.0, 80.0, 80.0, None), "noise level where sampling starts"),
         ("eval-every", N(ANY), 0, "steps between evaluations (0 = only at the end)"),
         ("eval-samples", N(ANY), (163_840, 10_000, 10_000, 10_000, 256), "samples per evaluation (0 = none)"),
         ("metrics", str, "auto", "own:CKPT, inception, pixels, none; auto = own, fitted first"),
     ],
     "coreset and class weights (2409.19128)": [
-        ("keep", str, None, "fraction of each class to keep, or a .npy file of indices"),
+        ("keep", share_or_file, None, "fraction of each class to keep, or a .npy file of indices"),
         ("prune", data.PRUNE_SCORES, "gaussian", "what is kept first"),
         ("features", str, "pixels", "what it sees: pixels, own:CKPT, inception, or a .npy file of features"),
-        ("dro", str, None, "train a proxy that finds class weights against this reference; auto = all stages"),
+        ("dro", str, None, "train a proxy that finds class weights against this reference; auto = all"),
         ("eta", X("(0, inf)"), 0.01, "step size of the class weights"),
         ("class-weights", str, None, "class_weights.json to train with, or inverse (of frequency)"),
         ("reweight", ("loss", "sampling"), "loss", "how the weights act"),
@@ -148,7 +158,8 @@ def resolve(args, dataset):
             preset[flag.replace("-", "_")] = default[PRESETS.index(name)] if own is None else own
     c = argparse.Namespace(**{**preset, **vars(args)})
     c.preset, c.small, c.kind, c.shape = name, small, dataset.kind, list(dataset.shape)
-    c.data_fingerprint, c.classes, c.class_names = dataset.fingerprint, dataset.classes, list(dataset.class_names)
+    c.classes, c.class_names, c.data_fingerprint = (
+        dataset.classes, list(dataset.class_names), dataset.fingerprint)
     c.net_classes = 2 * max(c.classes, 1) if c.flip else c.classes
     c.mean, c.std = (list(getattr(dataset, moment, ())) for moment in ("mean", "std"))
     c.bf16, c.compile = model.able(c.device, c.bf16 if name != "tree" else bool(c.bf16), c.compile)
@@ -162,7 +173,8 @@ def resolve(args, dataset):
         c.guidance = 1.0                                        # the network itself is the guided denoiser
     B, part = super_batch_size(c), c.micro_batch or 1
     for wrong, why in [
-        (c.selector == "ajest" and c.guide in ("none", "snapshot"), "--selector ajest needs a --guide from the start"),
+        (c.selector == "ajest" and c.guide in ("none", "snapshot"),
+         "--selector ajest needs a --guide from the start: train, or a checkpoint"),
         (c.guided_targets != 1 and c.guide == "none", "--guided-targets needs a --guide"),
         (c.until_better and c.once_better, "--until-better and --once-better exclude each other"),
         (name != "tree" and (c.shape[1] != c.shape[2] or c.shape[1] % 8),
@@ -190,8 +202,9 @@ def super_batch_size(c):
 def model_config(c):
     """What a checkpoint needs to rebuild and sample its denoiser: plain values only."""
     return dict(net="mlp" if c.kind == "tree" else "unet", kind=c.kind, shape=c.shape, channels=c.channels,
-                classes=c.net_classes, dropout=c.dropout, sigma_data=0.5, class_names=c.class_names, mean=c.mean,
-                std=c.std, sigma_max=c.sigma_max, guidance=c.guidance, guided_targets=c.guided_targets)
+                classes=c.net_classes, class_names=c.class_names, dropout=c.dropout, sigma_data=0.5,
+                mean=c.mean, std=c.std, sigma_max=c.sigma_max, guidance=c.guidance,
+                guided_targets=c.guided_targets)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -232,14 +245,16 @@ def first():
     """Process 0 runs the block first; the others follow, and find the files that it wrote."""
     if RANK:
         torch.distributed.barrier()
-    yield
-    if not RANK and WORLD > 1:
-        torch.distributed.barrier()
+    try:
+        yield
+    finally:
+        if not RANK and WORLD > 1:
+            torch.distributed.barrier()
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Seconds of training. Pauses (evaluation, compilation, saving) are left out and booked apart; selection is part
-# of training and also summed up for itself, on CUDA by events, so that nothing waits until a log line.
+# Seconds of training. Pauses (evaluation, compilation, saving) are left out and booked apart; selection is
+# part of training and also summed up for itself, on CUDA by events, so that nothing waits until a log line.
 
 class Clock:
     def __init__(self, device, progress):
@@ -279,16 +294,18 @@ class Clock:
         if self.cuda:
             torch.cuda.synchronize()
         self.progress["seconds"] = self.seconds()
-        self.progress["select_seconds"] += sum(a.elapsed_time(b) / 1000 if self.cuda else b - a for a, b in self.marks)
+        spent = (a.elapsed_time(b) / 1000 if self.cuda else b - a for a, b in self.marks)
+        self.progress["select_seconds"] += sum(spent)
         self.progress["select_steps"] += len(self.marks)
         self.marks = []
 
 
 # ------------------------------------------------------------------------------------------------------------
 # What a checkpoint holds: network, optimizer, EMAs, class weights, counters, the log. `learn` is one step.
+# What is RESUMABLE may change when a run goes on.
 
-RESUMABLE = {"out", "steps", "minutes", "device", "bf16", "compile", "save_every", "eval_every", "eval_samples",
-             "metrics", "features_id", "sampling_steps", "guidance", "micro_batch"}     # may change when a run goes on
+RESUMABLE = {"out", "steps", "minutes", "device", "bf16", "compile", "micro_batch", "save_every",
+             "eval_every", "eval_samples", "sampling_steps", "guidance", "metrics", "features_id"}
 
 
 class State:
@@ -305,8 +322,8 @@ class State:
         self.parts = dict(model=self.denoiser, ema=self.ema, optimizer=self.optimizer, dro=self.dro)
         self.objective = self.accelerate(self._objective)
         self.records, self.progress = [], dict(
-            step=0, seconds=0.0, select_seconds=0.0, eval_seconds=0.0, compile_seconds=0.0, examples_trained=0,
-            examples_seen=0, select_steps=0, selecting=not c.once_better, snapshot=0)
+            step=0, seconds=0.0, select_seconds=0.0, eval_seconds=0.0, compile_seconds=0.0,
+            examples_trained=0, examples_seen=0, select_steps=0, selecting=not c.once_better, snapshot=0)
         # The loss sum and the steps since the log line; the non-finite steps, and those in a row.
         self.tally = torch.zeros(4, device=self.device)
         if path.exists():
@@ -321,8 +338,8 @@ class State:
 
     def _objective(self, x0, noise, sigma, labels, target, weight, D_guide):
         """Mean weighted objective and the losses [b] against the target. With a guide the target moves by
-        1 - 1/W of D - D_guide: at the fixed point D = D_guide + W (target - D_guide). EDM2's uncertainty u learns
-        from the loss against x0, so that no kind of target moves the weighting of the noise levels."""
+        1 - 1/W of D - D_guide: at the fixed point D = D_guide + W (target - D_guide). EDM2's uncertainty u
+        learns from the loss against x0, so that no target moves the weighting of the noise levels."""
         total, D_x = self.denoiser.loss(x0, noise, sigma, labels, target)
         losses, D = total.detach(), D_x.detach()
         if D_guide is not None:
@@ -354,7 +371,7 @@ class State:
         return torch.cat(losses)
 
     def learn(self, batch, weight=None):
-        """One optimizer step on b examples; returns their losses [b]. Non-finite gradients become 0, as in EDM2."""
+        """One optimizer step on b examples; returns their losses [b]. Non-finite gradients become 0."""
         c, p = self.c, self.progress
         if c.dropout:
             torch.manual_seed(data.stream(c.seed, p["step"], "dropout").initial_seed())
@@ -383,23 +400,25 @@ class State:
                 file.write(json.dumps(record) + "\n")
 
     def log(self, title, stats):
-        """The log interval's record and progress line; the one place of the loop that waits for the device."""
+        """The interval's record and progress line; the one place of the loop that waits for the device."""
         self.clock.read()
         c, p = self.c, self.progress
         total, steps, bad, in_a_row = self.tally.tolist()
         self.tally[:2] = 0
         rate = (p["examples_trained"] - self.rated[0]) / max(p["seconds"] - self.rated[1], 1e-9)
         self.rated, loss = (p["examples_trained"], p["seconds"]), total / max(steps, 1)
-        self.write(dict(kind="train", **p, loss=loss, lr=self.rate(), examples_per_second=rate, non_finite=int(bad),
-                        **stats))
+        self.write(dict(kind="train", **p, loss=loss, lr=self.rate(), examples_per_second=rate,
+                        non_finite=int(bad), **stats))
         memory = f"  {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB" if self.clock.cuda else ""
         left = self.seconds_left()
         if not RANK:
-            data.progress(f"{title}: step {p['step']}/{c.steps}  loss {loss:.4f}  {rate:,.0f} examples/s  selection "
-                          f"{p['select_seconds'] / max(p['seconds'], 1e-9):.0%}{memory}  "
-                          f"{left // 60:.0f}:{left % 60:02.0f} left", last=p["step"] >= c.steps)
+            share = p["select_seconds"] / max(p["seconds"], 1e-9)
+            data.progress(f"{title}: step {p['step']}/{c.steps}  loss {loss:.4f}  {rate:,.0f} examples/s  "
+                          f"selection {share:.0%}{memory}  {left // 60:.0f}:{left % 60:02.0f} left",
+                          last=p["step"] >= c.steps)
         if in_a_row >= 100:
-            raise data.DataError("100 steps in a row had a non-finite loss or gradient: lower --lr, or try --no-bf16")
+            raise data.DataError("100 steps in a row had a non-finite loss or gradient: lower --lr, "
+                                 "or try --no-bf16")
 
     def seconds_left(self):
         """From the seconds a step took so far; steps that select cost more, and end at `early_steps`."""
@@ -416,7 +435,8 @@ class State:
         """Write the checkpoint; with a path and averages only what a denoiser needs (the snapshot)."""
         if not RANK:
             parts = {name: part.state_dict() for name, part in self.parts.items()}
-            content = dict(parts, records=self.records, config=vars(self.c), tally=self.tally, progress=self.progress)
+            content = dict(parts, records=self.records, config=vars(self.c), tally=self.tally,
+                           progress=self.progress)
             content = dict(model=parts["model"], ema=averages) if path else content
             with data.writing(path or self.path) as file:
                 torch.save(dict(content, model_config=model_config(self.c)), file)
@@ -428,13 +448,15 @@ class State:
             for key, value in vars(self.c).items():
                 old = checkpoint["config"].get(key)
                 if key not in RESUMABLE and old != value:
-                    raise data.DataError(f"{self.path.parent} holds a run with --{key.replace('_', '-')} {old}, "
-                                         f"not {value}: give another --out, or delete it")
+                    flag = key.replace("_", "-")
+                    raise data.DataError(f"{self.path.parent} holds a run with --{flag} {old}, not {value}: "
+                                         "give another --out, or delete it")
             for name, part in self.parts.items():
                 part.load_state_dict(checkpoint[name])
             self.tally.copy_(checkpoint["tally"])
             self.records = list(checkpoint["records"])
-            self.progress = {key: type(value)(checkpoint["progress"][key]) for key, value in self.progress.items()}
+            self.progress = {key: type(value)(checkpoint["progress"][key])
+                             for key, value in self.progress.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -443,11 +465,13 @@ class State:
 @contextlib.contextmanager
 def signals():
     """The list of the numbers of those that came."""
-    caught = []
-    old = {s: signal.signal(s, lambda number, _: caught.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
-    yield caught
-    for number, handler in old.items():
-        signal.signal(number, handler)
+    caught, kinds = [], (signal.SIGINT, signal.SIGTERM)
+    old = {kind: signal.signal(kind, lambda number, _: caught.append(number)) for kind in kinds}
+    try:
+        yield caught
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -455,14 +479,15 @@ def signals():
 
 def fit(c, dataset, out, keep=None, guide_path=None, class_weights=None, evaluate=None, title="train"):
     """Train the model that `c` describes into the folder `out`, or go on where its checkpoint stands.
-    keep: sorted indices to train on, None = all. class_weights: [classes] or None. evaluate(state, guide_path) ->
-    records is called every `eval_every` steps and at the end. Returns the log, a list of records."""
+    keep: sorted indices to train on, None = all. class_weights: [classes] or None.
+    evaluate(state, guide_path) -> records is called every `eval_every` steps and at the end.
+    Returns the log, a list of records."""
     out.mkdir(parents=True, exist_ok=True)
     state = State(c, out / "checkpoint.pt")
     p, device, clock, saved = state.progress, state.device, state.clock, time.monotonic()
     guide_path = out / "guide.pt" if p["snapshot"] else guide_path
-    how = dict(device=device, pool=keep, flip=c.flip, targets=c.targets, P_mean=c.P_mean, P_std=c.P_std, rows=ROWS,
-               class_weights=class_weights if c.reweight == "sampling" else None)
+    how = dict(device=device, pool=keep, flip=c.flip, targets=c.targets, P_mean=c.P_mean, P_std=c.P_std,
+               class_weights=class_weights if c.reweight == "sampling" else None, rows=ROWS)
     batches, super_batches = (data.Batches(dataset, n, c.seed, **how) for n in (c.batch, super_batch_size(c)))
     curator = make_curator(state, guide_path)
     reweight = Reweighting(state, dataset, keep, class_weights)
@@ -476,7 +501,8 @@ def fit(c, dataset, out, keep=None, guide_path=None, class_weights=None, evaluat
             state.guide = state.accelerate(matching(guide_path, "--guide", c))
         if c.compile and not finished():
             batch = batches[p["step"]]
-            state.gradients(batch, reweight(batch, torch.ones_like(batch.sigma) if c.debias and curator else None))
+            weight = torch.ones_like(batch.sigma) if c.debias and curator else None
+            state.gradients(batch, reweight(batch, weight))
             state.optimizer.zero_grad(set_to_none=True)
             if curator:
                 curator.measure(super_batches[p["step"]])
@@ -513,7 +539,7 @@ def fit(c, dataset, out, keep=None, guide_path=None, class_weights=None, evaluat
             # The snapshot: the learner's own EMA becomes the guide.
             if c.guide == "snapshot" and not p["snapshot"] and step + 1 >= c.guide_steps:
                 p["snapshot"], guide_path = step + 1, out / "guide.pt"
-                with clock.pause("compile_seconds"):
+                with clock.pause("compile_seconds"), first():
                     state.save(guide_path, state.ema.state_dict())
                     take_guide()
 
@@ -536,6 +562,8 @@ def fit(c, dataset, out, keep=None, guide_path=None, class_weights=None, evaluat
         state.save()
     if c.dro and not RANK:
         reweight.write(out / "class_weights.json")
+    if WORLD > 1:
+        torch.distributed.barrier()                             # the files of this stage are there
     return state.records
 
 
@@ -560,14 +588,16 @@ def matching(path, flag, c):
 
 
 def make_curator(state, guide_path):
-    """The Curator of a run, None for uniform batches. The reference is the guide, a checkpoint or the learner's
-    EMA, whose tensors the copy shares, so that it is always current."""
+    """The Curator of a run, None for uniform batches. The reference is the guide, a checkpoint, or the
+    learner's EMA, whose tensors the copy shares, so that it is always current."""
     c, reference = state.c, None
     rules = c.interpolate or c.until_better or c.once_better
     if c.selector == "uniform":
         return None
-    if c.selector == "ajest" or c.reference:
-        reference = matching(*((guide_path, "--guide") if c.selector == "ajest" else (c.reference, "--reference")), c)
+    if c.selector == "ajest":
+        reference = matching(guide_path, "--guide", c)
+    elif c.reference:
+        reference = matching(c.reference, "--reference", c)
     elif rules or c.score in select.NEEDS_REFERENCE:
         reference = copy.deepcopy(state.denoiser).eval().requires_grad_(False)
         for parameter, value in zip(reference.parameters(), state.ema.averages[c.ema[0]]):
@@ -609,7 +639,8 @@ class Reweighting:
     def write(self, path):
         c, weights = self.c, self.per_class(self.dro.mean).tolist()
         with data.writing(path) as file:
-            content = dict(classes=dict(zip(c.class_names, weights)), eta=c.eta, steps=c.steps, reference=str(c.dro))
+            classes = dict(zip(c.class_names, weights))
+            content = dict(classes=classes, eta=c.eta, steps=c.steps, reference=c.dro)
             file.write(json.dumps(content, indent=1).encode())
 
 
@@ -633,11 +664,12 @@ def read_class_weights(path, c):
 # Evaluation: the same noise for every run and step, unguided and guided; metrics by name and a picture.
 
 class Evaluator:
-    """Called with (state, guide_path or None), returns a record unguided and one guided, and draws samples.png."""
+    """Called with (state, guide_path or None): a record unguided and one guided, and samples.png."""
 
     def __init__(self, c, dataset, out, held_out, guide_seconds, other_seconds):
         self.c, self.dataset, self.out, self.held_out = c, dataset, out, held_out
-        self.guide_seconds, self.other_seconds, self.main, self.real = guide_seconds, other_seconds, None, None
+        self.guide_seconds, self.other_seconds = guide_seconds, other_seconds
+        self.main, self.guide, self.real = None, None, None
 
     def __call__(self, state, guide_path):
         if RANK:
@@ -645,20 +677,21 @@ class Evaluator:
         c, records, pictures, titles = self.c, [], [], []
         if self.main is None:                                   # compiled once, for all evaluations
             self.main = copy.deepcopy(state.denoiser).eval().requires_grad_(False)
-            self.denoise, self.guide = state.accelerate(self.main), None
+            self.denoise = state.accelerate(self.main)
         if self.guide is None and guide_path and c.guidance != 1:
             self.guide = state.accelerate(matching(guide_path, "--guide", c))
         state.ema.copy_to(self.main, c.ema[0])
         for w in [1.0] + [c.guidance] * (self.guide is not None):
             data.progress(f"evaluating, guidance {w:g}")
             needs_guide = w != 1 or c.selector == "ajest" or c.guided_targets != 1
-            metrics, x = (self.tree if c.kind == "tree" else self.images)(guide.autoguided(self.denoise, self.guide, w))
+            score = self.tree if c.kind == "tree" else self.images
+            metrics, x = score(guide.autoguided(self.denoise, self.guide, w))
             if w == 1 and c.kind == "tree":
                 metrics["score_error"] = fid.score_error(self.denoise, self.dataset)
             if w == 1 and self.held_out is not None:
                 metrics["validation_loss"] = self.validation_loss()
-            records.append(dict(guidance=w, reference_seconds=self.other_seconds + needs_guide * self.guide_seconds,
-                                **metrics))
+            seconds = self.other_seconds + needs_guide * self.guide_seconds
+            records.append(dict(guidance=w, reference_seconds=seconds, **metrics))
             pictures.append(data.density_picture(x) if c.kind == "tree" else
                             data.image_grid(x[:80], min(c.classes or 10, 10)))
             titles.append("unguided samples" if w == 1 else f"guided samples, w = {w:g}")
@@ -672,10 +705,10 @@ class Evaluator:
         """The metrics of n sampled points, and the points [n, 2]."""
         c = self.c
         noise = torch.randn(c.eval_samples, 2, generator=data.stream(0, 0, "eval"))
-        if self.real is None:                                   # where the exact denoiser's ODE takes the first 4,096
+        if self.real is None:                                   # where the exact denoiser takes the first
             self.real = fid.exact_endpoints(self.dataset, noise[:4096].to(c.device))
-        points = torch.cat([guide.heun(denoiser, part.to(c.device), steps=c.sampling_steps, sigma_max=c.sigma_max)
-                            for part in noise.split(2048)])
+        how = dict(steps=c.sampling_steps, sigma_max=c.sigma_max)
+        points = torch.cat([guide.heun(denoiser, part.to(c.device), **how) for part in noise.split(2048)])
         return fid.tree_metrics(points, self.dataset, self.real), points.cpu()
 
     def images(self, denoiser):
@@ -688,8 +721,9 @@ class Evaluator:
         if c.metrics == "none":
             return {}, x
         net = fid.network(c.metrics, c.device)
-        self.real = self.real or fid.summary(fid.data_features(net, self.dataset, label="features of the data"))
-        return fid.score(self.real, fid.summary(fid.extract(net, x)), fid.distance_name(net.id)), x
+        if self.real is None:
+            self.real = fid.summary(fid.data_features(net, self.dataset, "features of the data"))
+        return fid.score(self.real, fid.summary(fid.extract(net, x)), fid.distance_name(net.id), c.device), x
 
     @torch.no_grad()
     def validation_loss(self, size=256):
@@ -708,22 +742,22 @@ class Evaluator:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The stages of a run: coreset, guide, reference and proxy, the model itself. A stage that is trained is `fit` in
-# a sub-folder: it resumes, is skipped when done, and its seconds are its last record's.
+# The stages of a run: coreset, guide, reference and proxy, the model itself. A stage that is trained is `fit`
+# in a sub-folder: it resumes, is skipped when done, and its seconds are its last record's.
 
 def stage(c, dataset, out, keep, **changes):
     """-> (checkpoint path, seconds) of the small model that `changes` describe."""
-    plain = dict(selector="uniform", early_steps=0, until_better=False, once_better=False, interpolate=0.0, debias=False,
-                 guide="none", guided_targets=1.0, reference=None, dro=None, class_weights=None, minutes=0.0,
-                 eval_samples=0, channels=c.guide_channels, batch=c.guide_batch, steps=c.guide_steps, micro_batch=0,
-                 seed=c.seed + 1_000_003)
+    plain = dict(selector="uniform", early_steps=0, until_better=False, once_better=False, interpolate=0.0,
+                 debias=False, guide="none", guided_targets=1.0, reference=None, dro=None, class_weights=None,
+                 minutes=0.0, eval_samples=0, micro_batch=0, channels=c.guide_channels, batch=c.guide_batch,
+                 steps=c.guide_steps, seed=c.seed + 1_000_003)
     records = fit(argparse.Namespace(**{**vars(c), **plain, **changes}), dataset, out, keep, title=out.name)
     return out / "checkpoint.pt", records[-1]["seconds"]
 
 
 def coreset(c, dataset):
-    """-> (the pool: sorted indices of the examples that exist, None = all; those of it to train on; held-out ones).
-    --holdout and --imbalance define the pool, which every stage sees; --keep prunes inside it."""
+    """-> (the pool, those of it to train on, those held out): sorted indices, or None. --holdout and
+    --imbalance define the pool of examples that exist, for every stage; --keep prunes inside it."""
     if c.kind == "tree":
         return None, None, None
     pool, held_out = torch.arange(len(dataset)), None
@@ -734,23 +768,21 @@ def coreset(c, dataset):
         pool = pool[data.long_tail(dataset.labels[pool], c.imbalance, c.seed)]
     if c.keep is None:
         return pool, pool, held_out
-    try:
-        fraction = data.number(float, "(0, 1]")(c.keep)
-    except ValueError:
+    if isinstance(c.keep, str):
         keep = data.load_npy(c.keep, "kept indices", len(dataset))
         return pool, keep[torch.isin(keep, pool)], held_out
     if c.features == "pixels" or c.prune == "random":
         features = data.pixel_features(dataset)
     elif c.features == "inception" or c.features.startswith("own:"):
-        features = fid.data_features(fid.network(c.features, c.device), dataset, label="features of the data")
+        features = fid.data_features(fid.network(c.features, c.device), dataset, "features of the data")
     else:
         features = data.load_npy(c.features, "features", len(dataset))
     labels = None if dataset.labels is None else dataset.labels[pool]
-    return pool, pool[data.prune(features[pool], labels, fraction, c.prune, seed=c.seed)], held_out
+    return pool, pool[data.prune(features[pool], labels, c.keep, c.prune, seed=c.seed)], held_out
 
 
 def choose_metrics(c, dataset, out):
-    """The features that images are scored with, and their id; "auto": a classifier fitted once to labelled data."""
+    """The features that score images, and their id; "auto" fits a classifier to labelled data once."""
     metrics = c.metrics
     if c.kind == "tree" or not c.eval_samples:
         return "none", c.kind
@@ -773,7 +805,7 @@ def run(args):
         dataset = (data.load(args.data, args.size) if args.data else data.Tree("A")).to(args.device)
     c = resolve(args, dataset)
     if c.kind == "tree" and c.device == "cpu":
-        torch.set_num_threads(1)                                # its small matrices gain nothing from a second thread
+        torch.set_num_threads(1)                                # its matrices are too small for two
     stem = Path(c.data).name.split(".")[0] if c.data else "tree"
     out = Path(c.out or f"runs/{stem}-{c.selector}")
     out.mkdir(parents=True, exist_ok=True)
@@ -801,15 +833,17 @@ def run(args):
     if on_pool:
         reference, seconds = (guide_path, 0.0) if guide_path else stage(c, dataset, out / "reference", pool)
         proxy_path, weight_seconds = stage(c, dataset, out / "proxy", keep, dro=str(reference))
-        weights, weight_seconds = read_class_weights(proxy_path.parent / "class_weights.json", c), weight_seconds + seconds
+        weights = read_class_weights(proxy_path.parent / "class_weights.json", c)
+        weight_seconds += seconds
     elif c.class_weights:
-        weights = 1 / counts.clamp_min(1) if c.class_weights == "inverse" else read_class_weights(c.class_weights, c)
-        weights = weights * counts.sum() / (weights * counts).sum()                     # mean 1 over the examples
+        inverse = c.class_weights == "inverse"
+        weights = 1 / counts.clamp_min(1) if inverse else read_class_weights(c.class_weights, c)
+        weights = weights * counts.sum() / (weights * counts).sum()     # mean 1 over the examples
 
     # The model.
     evaluate = None
     if c.eval_samples and not proxy:
-        shared = on_pool and guide_path is not None             # the guide's seconds count for the weights already
+        shared = on_pool and guide_path is not None             # the guide's seconds are the weights' too
         evaluate = Evaluator(c, dataset, out, held_out, 0.0 if shared else guide_seconds,
                              prune_seconds + weight_seconds + shared * guide_seconds)
     settings = argparse.Namespace(**{**vars(c), "dro": c.dro if proxy else None})
@@ -820,19 +854,22 @@ def run(args):
 
 
 def describe(c, dataset, keep):
-    """The first lines printed: what was found, and which sizes are the preset's."""
+    """The first lines printed: which sizes are the preset's, and what was found."""
     chosen = f" of {len(keep):,} examples" if keep is not None else ""
-    print(f"preset {c.preset}{' on a CPU (small)' if c.small else ''}: {c.channels} channels, {c.steps:,} steps of "
-          f"{c.batch}{chosen}, targets {c.targets}, {c.eval_samples:,} samples scored", *dataset.report, sep="\n",
-          file=sys.stderr)
+    small = ", small for a CPU" if c.small else ""
+    print(f"preset {c.preset}{small}: {c.channels} channels, {c.steps:,} steps of {c.batch}{chosen}, "
+          f"targets {c.targets}, {c.eval_samples:,} samples scored", file=sys.stderr)
+    print(*dataset.report, sep="\n", file=sys.stderr)
 
 
 def report(records, out):
     """Print the last evaluation, one line each for unguided and guided samples."""
-    for r in (r for r in records if r["kind"] == "eval" and r["step"] == records[-1]["step"]):
+    last = [r for r in records if r["kind"] == "eval" and r["step"] == records[-1]["step"]]
+    for r in last:
         words = "  ".join(f"{name} {value:.4f}" for name, value in r.items() if name not in fid.NOT_METRICS)
-        print(f"step {r['step']}, {'unguided' if r['guidance'] == 1 else 'guidance %g' % r['guidance']}:  {words}")
-    print(f"wrote {out}/: config.json, log.jsonl, checkpoint.pt" + ", samples.png" * (records[-1]["kind"] == "eval"))
+        guidance = "unguided" if r["guidance"] == 1 else f"guidance {r['guidance']:g}"
+        print(f"step {r['step']}, {guidance}:  {words}")
+    print(f"wrote {out}/: config.json, log.jsonl, checkpoint.pt" + (", samples.png" if last else ""))
 
 
 def main(argv=None):

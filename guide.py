@@ -12,8 +12,8 @@ import torch
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Autoguidance: D_w = D_guide + w (D_main - D_guide) (2406.02507 eq. 3). It is called with the noise level as a
-# number on the host, so that an interval is decided there; the tensor is made on the device, never copied.
+# Autoguidance: D_w = D_guide + w (D_main - D_guide) (2406.02507 eq. 3). It is called with the noise level as
+# a number on the host, so that an interval is decided there; the tensor is made on the device, never copied.
 
 def autoguided(main, guide=None, w=1.0, interval=(0.0, math.inf)):
     """The denoiser to sample with: (x [N, ...], sigma as a number, labels [N] or None) -> D [N, ...].
@@ -58,9 +58,9 @@ def heun(denoiser, noise, labels=None, steps=32, sigma_min=0.002, sigma_max=80.0
          S_churn=0.0, S_min=0.0, S_max=float("inf"), S_noise=1.0, fresh_noise=None):
     """Integrate the probability-flow ODE from `noise` (unit normal [N, ...]) to samples [N, ...].
 
-    denoiser(x, sigma, labels) takes the noise level as a number, and is called 2 * steps - 1 times. S_churn > 0
-    adds fresh noise before each step whose sigma lies in [S_min, S_max] (EDM algorithm 2); fresh_noise() must
-    return unit noise of noise's shape.
+    denoiser(x, sigma, labels) takes the noise level as a number, and is called 2 * steps - 1 times.
+    S_churn > 0 adds fresh noise before each step whose sigma lies in [S_min, S_max] (EDM algorithm 2);
+    fresh_noise() must return unit noise of noise's shape.
     """
     levels = noise_levels(steps, sigma_min, sigma_max, rho).tolist()
     x = noise * levels[0]

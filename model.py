@@ -361,11 +361,15 @@ class PowerEMA:
 # ------------------------------------------------------------------------------------------------------------
 # A trained denoiser out of a checkpoint: a dictionary of tensors and plain data, read with weights_only=True.
 
+def checkpoint_of(path):
+    """`path`, or the checkpoint in it where it is a run folder."""
+    return os.path.join(path, "checkpoint.pt") if os.path.isdir(path) else path
+
+
 def load_denoiser(path, ema=None, device="cpu"):
     """The denoiser at `path`, a checkpoint file or a run folder, ready for sampling or as a reference.
     `ema`: an EMA length in it, None = the first, 0 = raw weights. Any exception means that it is none."""
-    path = os.path.join(path, "checkpoint.pt") if os.path.isdir(path) else path
-    checkpoint = torch.load(path, map_location=device, weights_only=True)
+    checkpoint = torch.load(checkpoint_of(path), map_location=device, weights_only=True)
     averages = checkpoint["ema"]
     length = next(iter(averages)) if ema is None else str(float(ema))
     if ema != 0 and length not in averages:

@@ -56,12 +56,13 @@ def build_parser():
 def load(args):
     """-> (the denoiser for `guide.heun`, the main model's configuration)."""
     how = args.device, *model.able(args.device, args.bf16, args.compile)
-    with data.reading(args.checkpoint, "a denoiser of this program"):
-        main = model.load_denoiser(args.checkpoint, args.ema, args.device)
-    run = Path(args.checkpoint) if os.path.isdir(args.checkpoint) else Path(args.checkpoint).parent
+    path = model.checkpoint_of(args.checkpoint)
+    with data.reading(path, "a denoiser of this program"):
+        main = model.load_denoiser(path, args.ema, args.device)
+    run = Path(path).parent
     own = [p for p in (run / "guide" / "checkpoint.pt", run / "guide.pt", run / "reference" / "checkpoint.pt")
            if p.exists()]
-    other = args.guide or (own[0] if own else None)
+    other = model.checkpoint_of(args.guide or own[0]) if args.guide or own else None
     w = args.guidance if args.guidance is not None else main.config["guidance"] if other else 1.0
     if w != 1 and other is None:
         raise data.DataError(f"--guidance {w:g} needs --guide: there is none in {run}")

@@ -103,9 +103,9 @@ def score(learner, reference, kind="learnability", invert=False, gain=0.0):
 # of them with exactly these, and knows when to. AJEST is JEST whose reference is the guide.
 
 class Curator:
-    """c: the run's settings (score, invert, gain, interpolate, chunks, debias, micro_batch, the early and late
-    rules). learner: the Denoiser in training; reference: a Denoiser, or None where neither score nor rules need
-    one; accelerate: applied to the function that computes the losses."""
+    """c: the run's settings (score, invert, gain, interpolate, chunks, debias, micro_batch, the early and
+    late rules). learner: the Denoiser in training; reference: a Denoiser, or None where neither score nor
+    rules need one; accelerate: applied to the function that computes the losses."""
 
     def __init__(self, c, learner, reference=None, accelerate=lambda function: function):
         self.c, self.learner, self.reference = c, learner, reference

@@ -184,7 +184,8 @@ def resolve(args, dataset):
         (not c.classes and (c.dro or c.class_weights or c.imbalance),
          f"--dro, --class-weights and --imbalance need labels: {c.data} has none"),
         (c.flip and name in ("tree", "latent"), "--flip is for images"),
-        (c.holdout and c.holdout >= len(dataset), f"--holdout {c.holdout}: the data has fewer examples"),
+        (name != "tree" and 0 < c.holdout >= len(dataset),
+         f"--holdout {c.holdout}: the data has fewer examples"),
         (any(n % (WORLD * part) for n in (c.batch, B if c.selector != "uniform" else c.batch)),
          f"--batch {c.batch} and the super-batch of {B} (--filter) must be multiples of --micro-batch "
          f"times the number of processes, {WORLD * part}"),
@@ -306,6 +307,7 @@ class Clock:
 
 RESUMABLE = {"out", "steps", "minutes", "device", "bf16", "compile", "micro_batch", "save_every",
              "eval_every", "eval_samples", "sampling_steps", "guidance", "metrics", "features_id"}
+OF_RUN = "a checkpoint of this run (give another --out, or delete it)"
 
 
 class State:
@@ -388,7 +390,7 @@ class State:
         p["step"] += 1
         p["examples_trained"] += len(batch.x0) * WORLD
         self.ema.update(p["step"])
-        self.tally += torch.stack([torch.nan_to_num(losses.mean(), 0, 0, 0), 1 - bad, bad, bad])
+        self.tally += torch.stack([(1 - bad) * torch.nan_to_num(losses.mean(), 0, 0, 0), 1 - bad, bad, bad])
         self.tally[3] *= bad
         return losses
 
@@ -443,20 +445,23 @@ class State:
 
     def restore(self):
         """Take over what the checkpoint holds; DataError where it is another run's, or none."""
-        with data.reading(self.path, "a checkpoint of this run (give another --out, or delete it)"):
+        with data.reading(self.path, OF_RUN):
             checkpoint = torch.load(self.path, map_location=self.device, weights_only=True)
-            for key, value in vars(self.c).items():
-                old = checkpoint["config"].get(key)
-                if key not in RESUMABLE and old != value:
-                    flag = key.replace("_", "-")
-                    raise data.DataError(f"{self.path.parent} holds a run with --{flag} {old}, not {value}: "
-                                         "give another --out, or delete it")
+            same_settings(self.c, checkpoint["config"], self.path)
             for name, part in self.parts.items():
                 part.load_state_dict(checkpoint[name])
             self.tally.copy_(checkpoint["tally"])
             self.records = list(checkpoint["records"])
             self.progress = {key: type(value)(checkpoint["progress"][key])
                              for key, value in self.progress.items()}
+
+
+def same_settings(c, old, path):
+    """DataError where the run whose checkpoint lies at `path` has other settings than `c`."""
+    for key, value in vars(c).items():
+        if key not in RESUMABLE and old.get(key) != value:
+            raise data.DataError(f"{path.parent} holds a run with --{key.replace('_', '-')} {old.get(key)}, "
+                                 f"not {value}: give another --out, or delete it")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -491,9 +496,10 @@ def fit(c, dataset, out, keep=None, guide_path=None, class_weights=None, evaluat
     batches, super_batches = (data.Batches(dataset, n, c.seed, **how) for n in (c.batch, super_batch_size(c)))
     curator = make_curator(state, guide_path)
     reweight = Reweighting(state, dataset, keep, class_weights)
+    agreed = p["seconds"]                                       # the same in all processes
 
     def finished():
-        return p["step"] >= c.steps or p["seconds"] >= (60 * c.minutes or math.inf)
+        return p["step"] >= c.steps or agreed >= (60 * c.minutes or math.inf)
 
     def take_guide():
         """Guided targets begin; whatever a step compiles is compiled before the clock goes on."""
@@ -546,7 +552,7 @@ def fit(c, dataset, out, keep=None, guide_path=None, class_weights=None, evaluat
             # Log, evaluate, save.
             stop = 0
             if WORLD == 1 or log_line or step + 1 == c.steps:   # else no message between the processes
-                p["seconds"], stop = agree(clock.seconds(), caught[0] if caught else 0)
+                agreed, stop = agree(clock.seconds(), caught[0] if caught else 0)
             if log_line or finished():
                 state.log(title, stats)
             if evaluate and c.eval_every and (step + 1) % c.eval_every == 0 and not finished():
@@ -579,6 +585,7 @@ def agree(seconds, caught):
 
 def matching(path, flag, c):
     """The denoiser at `path`, to compare with or to guide by; DataError where it is for other data."""
+    path = model.checkpoint_of(path)
     with data.reading(path, "a denoiser of this program"):
         other = model.load_denoiser(path, device=c.device)
     if other.shape != tuple(c.shape) or other.classes != c.net_classes:
@@ -814,6 +821,13 @@ def run(args):
         pool, keep, held_out = coreset(c, dataset)
         prune_seconds = time.monotonic() - began if c.keep else 0.0
         c.metrics, c.features_id = choose_metrics(c, dataset, out)
+    proxy, on_pool = c.dro not in (None, "auto"), c.dro == "auto"
+    settings = argparse.Namespace(**{**vars(c), "dro": c.dro if proxy else None})
+    if (out / "checkpoint.pt").exists():                        # another run is refused, and not touched
+        with data.reading(out / "checkpoint.pt", OF_RUN):
+            old = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)["config"]
+            c.guide_steps = settings.guide_steps = args.guide_steps or old["guide_steps"]
+            same_settings(settings, old, out / "checkpoint.pt")
     if not RANK:
         describe(c, dataset, keep)
         with data.writing(out / "config.json") as file:
@@ -821,12 +835,13 @@ def run(args):
 
     # The guide. Under --dro auto it is also the reference of the class weights, and sees the whole pool.
     guide_path, guide_seconds, weight_seconds = None, 0.0, 0.0
-    proxy, on_pool = c.dro not in (None, "auto"), c.dro == "auto"
-    if c.guide == "train" and not proxy:
+    if c.guide == "train":
         guide_path, guide_seconds = stage(c, dataset, out / "guide", pool if on_pool else keep)
     elif c.guide not in ("train", "snapshot", "none"):
-        guide_path = Path(c.guide) / "checkpoint.pt" if Path(c.guide).is_dir() else Path(c.guide)
+        guide_path = model.checkpoint_of(c.guide)
         matching(guide_path, "--guide", c)
+        trained = torch.load(guide_path, map_location="cpu", weights_only=True).get("progress", {})
+        guide_seconds = trained.get("seconds", 0.0)             # a snapshot's training was the learner's
 
     # Class weights: by a DRO proxy trained against the reference, inverse to frequency, or from a file.
     weights, counts = None, class_counts(dataset, keep) if c.classes else None
@@ -846,7 +861,6 @@ def run(args):
         shared = on_pool and guide_path is not None             # the guide's seconds are the weights' too
         evaluate = Evaluator(c, dataset, out, held_out, 0.0 if shared else guide_seconds,
                              prune_seconds + weight_seconds + shared * guide_seconds)
-    settings = argparse.Namespace(**{**vars(c), "dro": c.dro if proxy else None})
     records = fit(settings, dataset, out, keep, guide_path, weights, evaluate)
     if not RANK:
         report(records, out)

@@ -176,6 +176,7 @@ def resolve(args, dataset):
         (c.selector == "ajest" and c.guide in ("none", "snapshot"),
          "--selector ajest needs a --guide from the start: train, or a checkpoint"),
         (c.guided_targets != 1 and c.guide == "none", "--guided-targets needs a --guide"),
+        (c.dro == "auto" and c.class_weights, "--dro auto and --class-weights exclude each other"),
         (c.until_better and c.once_better, "--until-better and --once-better exclude each other"),
         (name != "tree" and (c.shape[1] != c.shape[2] or c.shape[1] % 8),
          f"--size: the UNet needs square images of a multiple of 8 pixels, not {c.shape}"),
@@ -756,8 +757,9 @@ def stage(c, dataset, out, keep, **changes):
     """-> (checkpoint path, seconds) of the small model that `changes` describe."""
     plain = dict(selector="uniform", early_steps=0, until_better=False, once_better=False, interpolate=0.0,
                  debias=False, guide="none", guided_targets=1.0, reference=None, dro=None, class_weights=None,
-                 minutes=0.0, eval_samples=0, micro_batch=0, channels=c.guide_channels, batch=c.guide_batch,
-                 steps=c.guide_steps, seed=c.seed + 1_000_003)
+                 minutes=0.0, eval_samples=0, channels=c.guide_channels, batch=c.guide_batch,
+                 steps=c.guide_steps, micro_batch=math.gcd(c.micro_batch, c.guide_batch),
+                 seed=c.seed + 1_000_003)
     records = fit(argparse.Namespace(**{**vars(c), **plain, **changes}), dataset, out, keep, title=out.name)
     return out / "checkpoint.pt", records[-1]["seconds"]
 

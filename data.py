@@ -563,6 +563,7 @@ def _members(path):
     archive = zipfile.ZipFile(path) if is_zip else tarfile.open(path)
     for info in archive.infolist() if is_zip else archive:
         name, size = (info.filename, info.file_size) if is_zip else (info.name, info.size)
+        name = name.removeprefix("./")                          # as `tar -C folder .` writes them
         if size > 2 ** 28:
             raise ValueError(f"{name} has {size:,} bytes, more than 256 MB")
         if is_zip and not info.is_dir():
@@ -592,7 +593,8 @@ def _images(path, files, size):
         names, labels = np.unique(labels, return_inverse=True)
         names = names.tolist()
     x = _decoded({name: members[name] for name in order}, size)
-    return _dataset(x, labels, names, [f"{len(members) - len(order):,} other files left out"])
+    others = len(members) - len(order)
+    return _dataset(x, labels, names, [f"{others:,} other files left out"] * (others > 0))
 
 
 def _by_folder(names):
@@ -633,7 +635,8 @@ def _decoded(images, size):
             if pixels.shape != x.shape[1:]:
                 raise ValueError(f"sizes differ, give --size: {names[0]}, {names[i]}")
             x[i] = pixels
-            progress(f"reading images: {i + 1:,} of {len(names):,}", last=i + 1 == len(names) > 10_000)
+            if len(names) > 10_000:
+                progress(f"reading images: {i + 1:,} of {len(names):,}", last=i + 1 == len(names))
     return x
 
 

@@ -646,7 +646,7 @@ def test_defaults_follow_the_run_and_the_machine(capsys, monkeypatch):
     assert (c.guide_channels, c.guide_batch, c.guide_steps, c.guidance) == (32, 4096, 1024, 3.0)
     c = _resolve("--guided-targets 1.6 --steps 900")
     assert (c.guide, c.guide_steps, c.guidance) == ("snapshot", 113, 1.0)
-    train.describe(_resolve("", _images(size=32)), _images(), None)
+    train.describe(_resolve("", _images(size=32)), _images())
     first = capsys.readouterr().err.splitlines()[0]
     assert all(word in first for word in ("for a CPU", "16 channels", "1,000 steps of 64", "256 samples"))
     monkeypatch.setattr(train, "WORLD", 3)

@@ -415,11 +415,11 @@ class State:
         self.write(dict(kind="train", **p, loss=loss, lr=self.rate(), examples_per_second=rate,
                         non_finite=int(bad), **stats))
         memory = f"  {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB" if self.clock.cuda else ""
-        left = self.seconds_left()
+        left = round(self.seconds_left())
         if not RANK:
             share = p["select_seconds"] / max(p["seconds"], 1e-9)
             data.progress(f"{title}: step {p['step']}/{c.steps}  loss {loss:.4f}  {rate:,.0f} examples/s  "
-                          f"selection {share:.0%}{memory}  {left // 60:.0f}:{left % 60:02.0f} left",
+                          f"selection {share:.0%}{memory}  {left // 60}:{left % 60:02d} left",
                           last=p["step"] >= c.steps)
         if in_a_row >= 100:
             raise data.DataError("100 steps in a row had a non-finite loss or gradient: lower --lr, "
@@ -820,6 +820,8 @@ def run(args):
     stem = Path(c.data).name.split(".")[0] if c.data else "tree"
     out = Path(c.out or f"runs/{stem}-{c.selector}")
     out.mkdir(parents=True, exist_ok=True)
+    if not RANK:
+        describe(c, dataset)
     with first():
         began = time.monotonic()
         pool, keep, held_out = coreset(c, dataset)
@@ -833,7 +835,6 @@ def run(args):
             c.guide_steps = settings.guide_steps = args.guide_steps or old["guide_steps"]
             same_settings(settings, old, out / "checkpoint.pt")
     if not RANK:
-        describe(c, dataset, keep)
         with data.writing(out / "config.json") as file:
             file.write(json.dumps(vars(c), indent=1).encode())
 
@@ -871,13 +872,12 @@ def run(args):
     return out
 
 
-def describe(c, dataset, keep):
+def describe(c, dataset):
     """The first lines printed: which sizes are the preset's, and what was found."""
-    chosen = f" of {len(keep):,} examples" if keep is not None else ""
     small = ", small for a CPU" if c.small else ""
-    print(f"preset {c.preset}{small}: {c.channels} channels, {c.steps:,} steps of {c.batch}{chosen}, "
-          f"targets {c.targets}, {c.eval_samples:,} samples scored", file=sys.stderr)
-    print(*dataset.report, sep="\n", file=sys.stderr)
+    sizes = (f"preset {c.preset}{small}: {c.channels} channels, {c.steps:,} steps of {c.batch}, "
+             f"targets {c.targets}, {c.eval_samples:,} samples scored")
+    print(sizes, *dataset.report, sep="\n", file=sys.stderr)
 
 
 def report(records, out):

@@ -61,7 +61,7 @@ FLAGS = {
         ("channels", N(SOME), (64, 64, 64, 128, 16), "width of the network"),
         ("batch", N(SOME), (816, 512, 256, 256, 64), "examples trained on per step, whatever the selector"),
         ("micro-batch", N(ANY), 0, "compute a batch in parts of this size (0 = off)"),
-        ("steps", N(SOME), (16_000, 20_000, 20_000, 20_000, 1000), "optimizer steps"),
+        ("steps", N(SOME), (12_000, 20_000, 20_000, 20_000, 1000), "optimizer steps"),
         ("minutes", X(ANY), 0, "stop after this much training time (0 = no limit)"),
         ("lr", X("(0, inf)"), (0.01, 0.01, 0.01, 0.01, None), "Adam learning rate"),
         ("lr-decay", N(SOME), (512, 2000, 4000, 4000, 400), "steps after which it falls as 1/sqrt(step)"),

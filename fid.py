@@ -664,9 +664,10 @@ def _ticks(values):
     rough = (high - low) / 6
     power = 10.0 ** np.floor(np.log10(rough))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9))
-    digits = max(0, -int(np.floor(np.log10(step) + 1e-9)))
+    unit, letter = (1e6, "M") if step >= 1e5 else (1e3, "k") if step >= 1e3 else (1, "")
+    digits = max(0, -int(np.floor(np.log10(step / unit) + 1e-9)))
     first, last = np.floor(low / step + 1e-9), np.ceil(high / step - 1e-9)
-    return [(i * step, f"{i * step:,.{digits}f}") for i in np.arange(first, last + 1)]
+    return [(i * step, f"{i * step / unit:.{digits}f}{letter}") for i in np.arange(first, last + 1)]
 
 
 def _text(x, y, text, anchor="start"):

@@ -85,6 +85,7 @@ def number(kind, interval):
     low, high = (float(end) for end in interval[1:-1].split(","))
 
     def parse(text):
+        """The number that `text` says; ArgumentTypeError outside of the interval."""
         value = kind(text)
         above = value > low or value == low and interval[0] == "["
         below = value < high or value == high and interval[-1] == "]"
@@ -382,7 +383,12 @@ class Batch(typing.NamedTuple):
     noise: torch.Tensor                         # unit normal [n, ...]
     sigma: torch.Tensor                         # noise level [n]
     labels: torch.Tensor                        # int64 [n] or None
-    target: torch.Tensor                        # what D(x0 + sigma noise; sigma) is to be [n, ...]
+    target: torch.Tensor                        # what D(x; sigma) is to be [n, ...]
+
+    @property
+    def x(self):
+        """x0 + sigma noise [n, ...]."""
+        return self.x0 + self.sigma.view(-1, *[1] * (self.x0.ndim - 1)) * self.noise
 
     def rows(self, index):
         """The batch of some of its examples; `index` is a slice or int64 [k]."""
@@ -443,13 +449,13 @@ class Batches:
                 x0 = _mirror(x0, mirrored)
         noise = torch.randn((self.n, *data.shape), generator=draw("noise", self.device), device=self.device)
         noise, on_device = noise[self.rows], None if labels is None else put(labels, self.device)
-        target, s = x0, sigma.view(-1, *[1] * len(data.shape))
+        batch = Batch(x0, noise, sigma, on_device, x0)
         if self.targets == "batch":
-            target = batch_posterior_mean(x0 + s * noise, sigma, x0, on_device)
-        elif self.targets == "all":
-            x = x0 + s * noise
-            target = data.denoise(x, sigma) if data.kind == "tree" else self._all(x, sigma, labels, mirrored)
-        return Batch(x0, noise, sigma, on_device, target)
+            return batch._replace(target=batch_posterior_mean(batch.x, sigma, x0, on_device))
+        if self.targets == "all":
+            return batch._replace(target=data.denoise(batch.x, sigma) if data.kind == "tree" else
+                                  self._all(batch.x, sigma, labels, mirrored))
+        return batch
 
     def _all(self, x, sigma, labels, mirrored):
         """The posterior mean given all examples of the pool with that label, mirrored where x is mirrored."""
@@ -495,7 +501,7 @@ def load(path, size=None):
     files = _files(path) if path.is_dir() else {"": path}
     stamp = [(name, file.stat().st_size, file.stat().st_mtime_ns) for name, file in files.items()]
     key = hashlib.sha256(repr((CACHE_VERSION, str(path.resolve()), size, stamp)).encode()).hexdigest()
-    folder = Path(os.environ.get("DATA_CACHE") or Path.home() / ".cache" / "data-curation")
+    folder = cache_folder()
     cached = folder / f"{key[:32]}.pt"
     if not cached.exists():
         with reading(path, "a data set"), warnings.catch_warnings():
@@ -510,6 +516,11 @@ def load(path, size=None):
             raise DataError(f"{path}: the cache has no room for it, set DATA_CACHE ({error})") from None
     with reading(cached, "a cached data set (delete it)"):
         return Dataset(**torch.load(cached, mmap=True, weights_only=True))      # no change reaches the file
+
+
+def cache_folder():
+    """Where data sets and their features are kept: $DATA_CACHE, else ~/.cache/data-curation."""
+    return Path(os.environ.get("DATA_CACHE") or Path.home() / ".cache" / "data-curation")
 
 
 def _dataset(x, labels, class_names=None, report=(), **more):

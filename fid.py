@@ -323,9 +323,9 @@ def extract(net, x, index=None, batch=128, label=None):
 
 
 def data_features(net, dataset, label=None, batch=128):
-    """`extract` of a whole Dataset, computed once for this content and network, then read from $DATA_CACHE
-    (else ~/.cache/data-curation). Raises DataError."""
-    folder = Path(os.environ.get("DATA_CACHE") or Path.home() / ".cache" / "data-curation")
+    """`extract` of a whole Dataset, computed once for this content and network, then read from the folder of
+    cached data. Raises DataError."""
+    folder = data.cache_folder()
     path = folder / f"features-{dataset.fingerprint[:16]}-{net.id.replace(':', '-')}.npy"
     if not path.exists():
         features = extract(net, dataset.x, batch=batch, label=label)

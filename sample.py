@@ -95,8 +95,9 @@ def run(args):
     suffix = os.path.splitext(args.out)[1]
     if suffix not in (".png", ".npz", ""):
         raise data.DataError(f"--out {args.out}: give a .png, an .npz or a folder")
-    if args.interval[0] > args.interval[1]:
-        raise data.DataError(f"--interval {args.interval[0]:g} {args.interval[1]:g}: give the lower level first")
+    low, high = args.interval
+    if low > high:
+        raise data.DataError(f"--interval {low:g} {high:g}: give the lower level first")
     denoiser, config = load(args)
     labels, kind, parts = labels_of(args, config), config["kind"], []
     if not suffix and kind != "image":

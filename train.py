@@ -50,77 +50,77 @@ N, X = lambda interval: data.number(int, interval), lambda interval: data.number
 SOME, ANY, SHARE = "[1, inf)", "[0, inf)", "[0, 1)"
 FLAGS = {
     "data": [
-        ("data", str, None, "folder, zip, tar, CIFAR-10 or .npz; none = the 2-D tree"),
-        ("out", str, None, "run folder; none = runs/DATA-SELECTOR"),
-        ("size", N("[8, 4096]"), None, "center-crop and resize images to this many pixels"),
-        ("flip", bool, (False, True, True, False, None), "horizontal flips, labelled so as not to leak"),
-        ("holdout", N(ANY), 0, "examples held out for the validation loss (0 = off)"),
-        ("imbalance", X(SOME), None, "make classes long-tailed: head over tail, e.g. 100"),
+        ("--data", str, None, "folder, zip, tar, CIFAR-10 or .npz; none = the 2-D tree"),
+        ("--out", str, None, "run folder; none = runs/DATA-SELECTOR"),
+        ("--size", N("[8, 4096]"), None, "center-crop and resize images to this many pixels"),
+        ("--flip", bool, (False, True, True, False, None), "horizontal flips, labelled so as not to leak"),
+        ("--holdout", N(ANY), 0, "examples held out for the validation loss (0 = off)"),
+        ("--imbalance", X(SOME), None, "make classes long-tailed: head over tail, e.g. 100"),
     ],
     "model and optimization": [
-        ("channels", N(SOME), (64, 64, 64, 128, 16), "width of the network"),
-        ("batch", N(SOME), (816, 512, 256, 256, 64), "examples trained on per step, whatever the selector"),
-        ("micro-batch", N(ANY), 0, "compute a batch in parts of this size (0 = off)"),
-        ("steps", N(SOME), (12_000, 20_000, 20_000, 20_000, 1000), "optimizer steps"),
-        ("minutes", X(ANY), 0, "stop after this much training time (0 = no limit)"),
-        ("lr", X("(0, inf)"), (0.01, 0.01, 0.01, 0.01, None), "Adam learning rate"),
-        ("lr-decay", N(SOME), (512, 2000, 4000, 4000, 400), "steps after which it falls as 1/sqrt(step)"),
-        ("warmup", N(ANY), (0, 200, 200, 200, 50), "steps of linear warm-up (0 = off)"),
-        ("dropout", X(SHARE), (0, 0.13, 0, 0, 0), "dropout inside the residual blocks"),
-        ("ema", [X("(0, 0.28)")], ([0.02, 0.10], [0.05, 0.10], [0.05, 0.10], [0.05, 0.10], None),
+        ("--channels", N(SOME), (64, 64, 64, 128, 16), "width of the network"),
+        ("--batch", N(SOME), (816, 512, 256, 256, 64), "examples trained on per step, whatever the selector"),
+        ("--micro-batch", N(ANY), 0, "compute a batch in parts of this size (0 = off)"),
+        ("--steps", N(SOME), (12_000, 20_000, 20_000, 20_000, 1000), "optimizer steps"),
+        ("--minutes", X(ANY), 0, "stop after this much training time (0 = no limit)"),
+        ("--lr", X("(0, inf)"), (0.01, 0.01, 0.01, 0.01, None), "Adam learning rate"),
+        ("--lr-decay", N(SOME), (512, 2000, 4000, 4000, 400), "steps after which it falls as 1/sqrt(step)"),
+        ("--warmup", N(ANY), (0, 200, 200, 200, 50), "steps of linear warm-up (0 = off)"),
+        ("--dropout", X(SHARE), (0, 0.13, 0, 0, 0), "dropout inside the residual blocks"),
+        ("--ema", [X("(0, 0.28)")], ([0.02, 0.10], [0.05, 0.10], [0.05, 0.10], [0.05, 0.10], None),
          "EMA lengths relative to training; the first is evaluated"),
-        ("P-mean", X("(-inf, inf)"), (-2.3, -1.2, -0.8, -0.4, None), "mean of ln sigma in training"),
-        ("P-std", X("(0, inf)"), (1.5, 1.2, 1.6, 1.0, None), "standard deviation of ln sigma in training"),
-        ("targets", ("sample", "batch", "all"), ("batch", "sample", "sample", "sample", None),
+        ("--P-mean", X("(-inf, inf)"), (-2.3, -1.2, -0.8, -0.4, None), "mean of ln sigma in training"),
+        ("--P-std", X("(0, inf)"), (1.5, 1.2, 1.6, 1.0, None), "standard deviation of ln sigma in training"),
+        ("--targets", ("sample", "batch", "all"), ("batch", "sample", "sample", "sample", None),
          "what D learns: x0 itself, or its posterior mean given the batch's or all examples (2302.00670)"),
-        ("guided-targets", X(SOME), 1, "move the targets by 1 - 1/W of learner - guide, so that the network "
-         "itself becomes the autoguided denoiser of weight W (1 = off)"),
+        ("--guided-targets", X(SOME), 1, "move the targets by 1 - 1/W of learner - guide, so that the "
+         "network itself becomes the autoguided denoiser of weight W (1 = off)"),
     ],
     "online selection (2509.15267)": [
-        ("selector", ("uniform", "jest", "ajest"), "uniform", "how batches are made"),
-        ("filter", X(SHARE), 0.8, "share of the super-batch that is left out"),
-        ("chunks", N(SOME), 16, "chunks in which JEST fills the batch"),
-        ("score", select.SCORES, "learnability", "what makes an example worth it"),
-        ("invert", True, False, "prefer low scores"),
-        ("gain", X(ANY), 0, "multiply standardized scores (0 = raw scores)"),
-        ("debias", True, False, "weight by inverse inclusion probability"),
-        ("early-steps", N(ANY), 0, "select during the first N steps (0 = throughout)"),
-        ("until-better", True, False, "select until the learner beats the reference"),
-        ("once-better", True, False, "select once the learner beats the reference"),
-        ("after", ("uniform", "full"), "uniform", "where selection is over: batches of b, or all of B"),
-        ("interpolate", X(ANY), 0, "score the autoguided denoiser of weight X (0 = off)"),
-        ("reference", str, None, "checkpoint that --selector jest scores against; none = the learner's EMA"),
+        ("--selector", ("uniform", "jest", "ajest"), "uniform", "how batches are made"),
+        ("--filter", X(SHARE), 0.8, "share of the super-batch that is left out"),
+        ("--chunks", N(SOME), 16, "chunks in which JEST fills the batch"),
+        ("--score", select.SCORES, "learnability", "what makes an example worth it"),
+        ("--invert", True, False, "prefer low scores"),
+        ("--gain", X(ANY), 0, "multiply standardized scores (0 = raw scores)"),
+        ("--debias", True, False, "weight by inverse inclusion probability"),
+        ("--early-steps", N(ANY), 0, "select during the first N steps (0 = throughout)"),
+        ("--until-better", True, False, "select until the learner beats the reference"),
+        ("--once-better", True, False, "select once the learner beats the reference"),
+        ("--after", ("uniform", "full"), "uniform", "where selection is over: batches of b, or all of B"),
+        ("--interpolate", X(ANY), 0, "score the autoguided denoiser of weight X (0 = off)"),
+        ("--reference", str, None, "checkpoint that jest scores against; none = the learner's EMA"),
     ],
     "guide, sampling and evaluation (2406.02507)": [
-        ("guide", str, "auto", "checkpoint; train = train one first; snapshot = the learner's own EMA after "
-         "guide-steps; none; auto = train where selection needs it from the start, else snapshot"),
-        ("guide-channels", N(SOME), (32, None, None, None, None), "width of the trained guide; none = half"),
-        ("guide-batch", N(SOME), (4096, None, None, None, None), "its batch; none = the run's"),
-        ("guide-steps", N(SOME), None,
+        ("--guide", str, "auto", "checkpoint; train = train one first; snapshot = the learner's own EMA "
+         "after guide-steps; none; auto = train where selection needs it from the start, else snapshot"),
+        ("--guide-channels", N(SOME), (32, None, None, None, None), "width of a trained guide; none = half"),
+        ("--guide-batch", N(SOME), (4096, None, None, None, None), "its batch; none = the run's"),
+        ("--guide-steps", N(SOME), None,
          "its steps, or the snapshot's; none = an eighth (tree: 1024, at most 512)"),
-        ("guidance", X(ANY), (3.0, 1.6, 1.8, 1.8, None), "guidance weight of samples (1 = off)"),
-        ("sampling-steps", N(SOME), (32, 32, 32, 32, 16), "Heun steps"),
-        ("sigma-max", X("(0.002, inf)"), (5.0, 80.0, 80.0, 80.0, None), "noise level where sampling starts"),
-        ("eval-every", N(ANY), 0, "steps between evaluations (0 = only at the end)"),
-        ("eval-samples", N(ANY), (163_840, 10_000, 10_000, 10_000, 256), "samples per evaluation (0 = none)"),
-        ("metrics", str, "auto", "own:CKPT, inception, pixels, none; auto = own, fitted first"),
+        ("--guidance", X(ANY), (3.0, 1.6, 1.8, 1.8, None), "guidance weight of samples (1 = off)"),
+        ("--sampling-steps", N(SOME), (32, 32, 32, 32, 16), "Heun steps"),
+        ("--sigma-max", X("(0.002, inf)"), (5.0, 80.0, 80.0, 80.0, None), "noise level sampling starts at"),
+        ("--eval-every", N(ANY), 0, "steps between evaluations (0 = only at the end)"),
+        ("--eval-samples", N(ANY), (163_840, 10_000, 10_000, 10_000, 256), "samples scored (0 = none)"),
+        ("--metrics", str, "auto", "own:CKPT, inception, pixels, none; auto = own, fitted first"),
     ],
     "coreset and class weights (2409.19128)": [
-        ("keep", share_or_file, None, "fraction of each class to keep, or a .npy file of indices"),
-        ("prune", data.PRUNE_SCORES, "gaussian", "what is kept first"),
-        ("features", str, "pixels", "what it sees: pixels, own:CKPT, inception, or a .npy file of features"),
-        ("dro", str, None, "train a proxy that finds class weights against this reference; auto = all"),
-        ("eta", X("(0, inf)"), 0.01, "step size of the class weights"),
-        ("class-weights", str, None, "class_weights.json to train with, or inverse (of frequency)"),
-        ("reweight", ("loss", "sampling"), "loss", "how the weights act"),
+        ("--keep", share_or_file, None, "fraction of each class to keep, or a .npy file of indices"),
+        ("--prune", data.PRUNE_SCORES, "gaussian", "what is kept first"),
+        ("--features", str, "pixels", "what it sees: pixels, own:CKPT, inception, or a .npy file"),
+        ("--dro", str, None, "train a proxy that finds class weights against this reference; auto = all"),
+        ("--eta", X("(0, inf)"), 0.01, "step size of the class weights"),
+        ("--class-weights", str, None, "class_weights.json to train with, or inverse (of frequency)"),
+        ("--reweight", ("loss", "sampling"), "loss", "how the weights act"),
     ],
     "run": [
-        ("seed", N("[0, 1e15]"), 0, "of initialization, data, noise and selection"),
-        ("device", data.device, "cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1 or mps"),
-        ("bf16", bool, None, "bf16 autocast (none = on CUDA, but for the tree)"),
-        ("compile", bool, None, "torch.compile (none = on CUDA)"),
-        ("log-every", N(SOME), (100, 50, 50, 50, 20), "steps between log lines"),
-        ("save-every", X(ANY), 60, "seconds between checkpoints"),
+        ("--seed", N("[0, 1e15]"), 0, "of initialization, data, noise and selection"),
+        ("--device", data.device, "cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1 or mps"),
+        ("--bf16", bool, None, "bf16 autocast (none = on CUDA, but for the tree)"),
+        ("--compile", bool, None, "torch.compile (none = on CUDA)"),
+        ("--log-every", N(SOME), (100, 50, 50, 50, 20), "steps between log lines"),
+        ("--save-every", X(ANY), 60, "seconds between checkpoints"),
     ]}
 
 
@@ -140,7 +140,7 @@ def build_parser():
                 how["choices"] = kind
             else:
                 how.update(dict(type=kind[0], nargs="+") if isinstance(kind, list) else dict(type=kind))
-            group.add_argument(f"--{name}", **how)
+            group.add_argument(name, **how)
     return parser
 
 
@@ -155,7 +155,7 @@ def resolve(args, dataset):
     for flag, _, default, _ in sum(FLAGS.values(), []):
         if isinstance(default, tuple):
             own = default[-1] if small else None
-            preset[flag.replace("-", "_")] = default[PRESETS.index(name)] if own is None else own
+            preset[flag[2:].replace("-", "_")] = default[PRESETS.index(name)] if own is None else own
     c = argparse.Namespace(**{**preset, **vars(args)})
     c.preset, c.small, c.kind, c.shape = name, small, dataset.kind, list(dataset.shape)
     c.classes, c.class_names, c.data_fingerprint = (
@@ -368,8 +368,7 @@ class State:
             part, D_guide = batch.rows(rows), None
             if self.guide:
                 with torch.no_grad():
-                    x = part.x0 + part.sigma.view(-1, *[1] * (part.x0.ndim - 1)) * part.noise
-                    D_guide = self.guide(x, part.sigma, part.labels)
+                    D_guide = self.guide(part.x, part.sigma, part.labels)
             objective, loss = self.objective(*part, None if weight is None else weight[rows], D_guide)
             (objective * (size / n)).backward()
             losses.append(loss)
@@ -396,6 +395,27 @@ class State:
         self.tally += torch.stack([(1 - bad) * torch.nan_to_num(losses.mean(), 0, 0, 0), 1 - bad, bad, bad])
         self.tally[3] *= bad
         return losses
+
+    def take_guide(self, guide_path, draw, reweight):
+        """Guided targets begin; whatever a step compiles is compiled before the clock goes on."""
+        c, step = self.c, self.progress["step"]
+        if guide_path and c.guided_targets != 1:
+            self.guide = self.accelerate(matching(guide_path, "--guide", c))
+        if c.compile and step < c.steps:
+            batch = draw.batches[step]
+            weight = torch.ones_like(batch.sigma) if c.debias and draw.curator else None
+            self.gradients(batch, reweight(batch, weight))
+            self.optimizer.zero_grad(set_to_none=True)
+            if draw.curator:
+                draw.curator.measure(draw.super_batches[step])
+
+    def evaluation(self, evaluate, guide_path):
+        """Write the records of evaluate(state, guide_path), with the counters of this step."""
+        with self.clock.pause("eval_seconds"):
+            records = evaluate(self, guide_path)
+        for record in records:
+            counters = {key: value for key, value in self.progress.items() if key in fid.NOT_METRICS}
+            self.write({"kind": "eval", **counters, **record})
 
     def write(self, record):
         """One line more in the log, which lives in the checkpoint; log.jsonl follows it."""
@@ -483,7 +503,7 @@ def signals():
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The training loop.
+# The training loop: draw and select, learn, take the snapshot, log, evaluate, save.
 
 def fit(c, dataset, out, keep=None, guide_path=None, class_weights=None, evaluate=None, title="train"):
     """Train the model that `c` describes into the folder `out`, or go on where its checkpoint stands.
@@ -492,56 +512,23 @@ def fit(c, dataset, out, keep=None, guide_path=None, class_weights=None, evaluat
     Returns the log, a list of records."""
     out.mkdir(parents=True, exist_ok=True)
     state = State(c, out / "checkpoint.pt")
-    p, device, clock, saved = state.progress, state.device, state.clock, time.monotonic()
+    p, clock, saved = state.progress, state.clock, time.monotonic()
     guide_path = out / "guide.pt" if p["snapshot"] else guide_path
-    how = dict(device=device, pool=keep, flip=c.flip, targets=c.targets, P_mean=c.P_mean, P_std=c.P_std,
-               class_weights=class_weights if c.reweight == "sampling" else None, rows=ROWS)
-    batches, super_batches = (data.Batches(dataset, n, c.seed, **how) for n in (c.batch, super_batch_size(c)))
-    curator = make_curator(state, guide_path)
+    draw = Draw(state, dataset, keep, class_weights, guide_path)
     reweight = Reweighting(state, dataset, keep, class_weights)
     agreed = p["seconds"]                                       # the same in all processes
 
     def finished():
         return p["step"] >= c.steps or agreed >= (60 * c.minutes or math.inf)
 
-    def take_guide():
-        """Guided targets begin; whatever a step compiles is compiled before the clock goes on."""
-        if guide_path and c.guided_targets != 1:
-            state.guide = state.accelerate(matching(guide_path, "--guide", c))
-        if c.compile and not finished():
-            batch = batches[p["step"]]
-            weight = torch.ones_like(batch.sigma) if c.debias and curator else None
-            state.gradients(batch, reweight(batch, weight))
-            state.optimizer.zero_grad(set_to_none=True)
-            if curator:
-                curator.measure(super_batches[p["step"]])
-
-    def evaluation():
-        with clock.pause("eval_seconds"):
-            records = evaluate(state, guide_path)
-        for record in records:
-            state.write({"kind": "eval", **{k: v for k, v in p.items() if k in fid.NOT_METRICS}, **record})
-
     with clock.pause("compile_seconds"):
-        take_guide()
+        state.take_guide(guide_path, draw, reweight)
     with signals() as caught:
         while not finished():
-            # Draw b examples; or draw B and select b of them, with their noise levels, noise and targets.
-            step, weight, stats = p["step"], None, {}
+            # Draw b examples, or select them; learn; then the class weights learn from the same losses.
+            step = p["step"]
             log_line = (step + 1) % c.log_every == 0
-            if curator and curator.active(step, p, super_batches, average):
-                with clock.selection():
-                    candidates = super_batches[step]
-                    generator = data.stream(c.seed, step, f"select{RANK or ''}", device)
-                    batch, weight = curator.choose(candidates, c.batch // WORLD, generator)
-                p["examples_seen"] += super_batches.n
-                stats = curator.statistics(candidates, batch) if log_line else {}
-            else:
-                source = super_batches if curator and c.after == "full" and not c.once_better else batches
-                batch = source[step]
-                p["examples_seen"] += source.n
-
-            # Learn; then the class weights learn from the same losses.
+            batch, weight, stats = draw(step, log_line)
             losses = state.learn(batch, reweight(batch, weight))
             reweight.update(batch, losses)
 
@@ -550,7 +537,7 @@ def fit(c, dataset, out, keep=None, guide_path=None, class_weights=None, evaluat
                 p["snapshot"], guide_path = step + 1, out / "guide.pt"
                 with clock.pause("compile_seconds"), first():
                     state.save(guide_path, state.ema.state_dict())
-                    take_guide()
+                    state.take_guide(guide_path, draw, reweight)
 
             # Log, evaluate, save.
             stop = 0
@@ -559,7 +546,7 @@ def fit(c, dataset, out, keep=None, guide_path=None, class_weights=None, evaluat
             if log_line or finished():
                 state.log(title, stats)
             if evaluate and c.eval_every and (step + 1) % c.eval_every == 0 and not finished():
-                evaluation()
+                state.evaluation(evaluate, guide_path)
             if stop or finished() or time.monotonic() - saved >= c.save_every:
                 with clock.pause():
                     state.save()
@@ -567,13 +554,41 @@ def fit(c, dataset, out, keep=None, guide_path=None, class_weights=None, evaluat
             if stop:
                 raise SystemExit(128 + stop)
     if evaluate and not any(r["kind"] == "eval" and r["step"] == p["step"] for r in state.records):
-        evaluation()
+        state.evaluation(evaluate, guide_path)
         state.save()
     if c.dro and not RANK:
         reweight.write(out / "class_weights.json")
     if WORLD > 1:
         torch.distributed.barrier()                             # the files of this stage are there
     return state.records
+
+
+class Draw:
+    """What a step trains on, drawn by (seed, step) or selected: called with (step, log_line), returns a Batch
+    of b, weights [b] or None, and statistics for the log."""
+
+    def __init__(self, state, dataset, keep, class_weights, guide_path):
+        self.state, c = state, state.c
+        how = dict(device=state.device, pool=keep, flip=c.flip, targets=c.targets, P_mean=c.P_mean,
+                   P_std=c.P_std, rows=ROWS,
+                   class_weights=class_weights if c.reweight == "sampling" else None)
+        self.batches, self.super_batches = (
+            data.Batches(dataset, n, c.seed, **how) for n in (c.batch, super_batch_size(c)))
+        self.curator = make_curator(state, guide_path)
+
+    def __call__(self, step, log_line):
+        c, p, curator, super_batches = self.state.c, self.state.progress, self.curator, self.super_batches
+        if curator and curator.active(step, p, super_batches, average):
+            # Draw B examples and keep b of them, with their noise levels, noise and targets.
+            with self.state.clock.selection():
+                candidates = super_batches[step]
+                generator = data.stream(c.seed, step, f"select{RANK or ''}", self.state.device)
+                batch, weight = curator.choose(candidates, c.batch // WORLD, generator)
+            p["examples_seen"] += super_batches.n
+            return batch, weight, curator.statistics(candidates, batch) if log_line else {}
+        source = super_batches if curator and c.after == "full" and not c.once_better else self.batches
+        p["examples_seen"] += source.n
+        return source[step], None, {}
 
 
 def agree(seconds, caught):
@@ -730,10 +745,11 @@ class Evaluator:
             steps=c.sampling_steps, sigma_max=c.sigma_max)])
         if c.metrics == "none":
             return {}, x
-        net = fid.network(c.metrics, c.device)
-        if self.real is None:
-            self.real = fid.summary(fid.data_features(net, self.dataset, "features of the data"))
-        return fid.score(self.real, fid.summary(fid.extract(net, x)), fid.distance_name(net.id), c.device), x
+        if self.real is None:                                   # once, for all evaluations
+            self.net = fid.network(c.metrics, c.device)
+            self.real = fid.summary(fid.data_features(self.net, self.dataset, "features of the data"))
+        name = fid.distance_name(self.net.id)
+        return fid.score(self.real, fid.summary(fid.extract(self.net, x)), name, c.device), x
 
     @torch.no_grad()
     def validation_loss(self, size=256):

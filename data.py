@@ -234,7 +234,8 @@ class Tree:
             S0, S1 = (powers[:, :2].T @ share).view(2, *B.shape)                        # sum share, share tau
             total = S0.sum(1, keepdim=True)
             logp.append(most + total.log() - math.log(2 * math.pi))
-            score.append((torch.addcmul(rate_half * S1, rate_a, S0, value=-1) @ axes.mT).sum(0) / total)
+            pull = torch.addcmul(rate_half * S1, rate_a, S0, value=-1)                  # [axis, n, K]
+            score.append((axes @ pull.mT).sum(0).mT / total)    # on a CPU faster than pull @ axes.mT
         return torch.cat(logp)[:, 0], torch.cat(score)
 
     @torch.no_grad()
@@ -338,23 +339,21 @@ def posterior_mean(x, sigma, examples):
     `examples` may be several such blocks, for more than memory holds; the result is that of all of them."""
     mean, evidence = 0.0, torch.full_like(sigma, -math.inf)
     for block in examples.split(4096) if torch.is_tensor(examples) else examples:
-        more, logits = _posterior(x.flatten(1), sigma, block.flatten(1))
+        y = block.flatten(1)
+        logits = _posterior_logits(x.flatten(1), sigma, y)
         log_sum = logits.logsumexp(1)
-        mean = mean + (more - mean) * torch.sigmoid(log_sum - evidence)[:, None]
+        mean = mean + (logits.softmax(1) @ y - mean) * torch.sigmoid(log_sum - evidence)[:, None]
         evidence = torch.logaddexp(evidence, log_sum)
     return mean.view(x.shape)
 
 
-def _posterior(x, sigma, y, same=None):
-    """x [..., n, d], sigma [..., n], y [..., m, d], same bool [..., n, m] -> mean [..., n, d] and logits
-    [..., n, m]. It is attention with queries (x, 1) / sigma^2, keys (y, -|y|^2 / 2) and values y. What all
-    candidates share, |x|^2 / 2 sigma^2, is left out, and the softmax subtracts the largest logit, so that
-    nothing overflows."""
+def _posterior_logits(x, sigma, y):
+    """x [..., n, d], sigma [..., n], y [..., m, d] -> logits [..., n, m] of x0 = y given x. The posterior mean
+    is attention with queries (x, 1) / sigma^2, keys (y, -|y|^2 / 2) and values y. What all candidates share,
+    |x|^2 / 2 sigma^2, is left out, and the softmax subtracts the largest logit, so that nothing overflows."""
     weight = 1 / sigma.square()[..., None]
     keys = torch.cat([y, y.square().sum(-1, keepdim=True) / -2], -1)
-    logits = torch.cat([x * weight, weight], -1) @ keys.mT
-    logits = logits if same is None else logits.masked_fill(~same, -math.inf)
-    return logits.softmax(-1) @ y, logits
+    return torch.cat([x * weight, weight], -1) @ keys.mT
 
 
 def batch_posterior_mean(x, sigma, x0, labels=None, group=200):
@@ -367,8 +366,11 @@ def batch_posterior_mean(x, sigma, x0, labels=None, group=200):
     parts.append(torch.zeros_like(parts[1]) if labels is None else labels[order].view(groups, -1, 1))
     slab, means = 4 if x.device.type == "cpu" else groups, []                           # 4 fit the cache
     for x_, s, y, label in zip(*(part.split(slab) for part in parts)):
-        same = None if labels is None else label == label.mT
-        means.append(_posterior(x_, s[..., 0], y, same)[0])
+        logits = _posterior_logits(x_, s[..., 0], y)
+        if labels is not None:
+            logits.masked_fill_(label != label.mT, -math.inf)
+        # On a CPU this order takes a fifth of the time of `share @ y` where y has two columns.
+        means.append((y.mT.contiguous() @ logits.softmax(-1).mT).mT)
     return torch.empty_like(x).index_copy_(0, order, torch.cat(means).view(x.shape))
 
 

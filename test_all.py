@@ -941,39 +941,49 @@ def test_two_processes_give_the_weights_of_one(tmp_path):
 # ------------------------------------------------------------------------------------------------------------
 # Where the time goes: SLOW_TESTS=1 pytest test_all.py -k milliseconds -s
 
+ARMS = {
+    "uniform": "--guide none", "uniform, 5b": "--guide none --batch {B}", "targets batch": "--targets batch",
+    "targets all": "--targets all", "guided targets": "--guided-targets 2 --targets batch",
+    "AJEST": "--selector ajest", "AJEST, targets batch": "--selector ajest --targets batch",
+    "root of the loss": "--selector jest --score gradient-norm --debias --targets batch",
+    "the same, filter 0.5": "--selector jest --score gradient-norm --debias --targets batch --filter 0.5"}
+
+
 @pytest.mark.skipif(not SLOW, reason="SLOW_TESTS=1")
 @pytest.mark.parametrize("device", DEVICES)
 def test_milliseconds(device, monkeypatch):
     monkeypatch.undo()                                          # three blocks a level
     torch.set_num_threads(1)
-    images = _images(n=5000, size=16)
-    how = f"--device {device} --guided-targets 2 --no-compile --selector ajest"
-    for title, dataset, flags in ("tree", data.Tree("A"), ""), ("UNet", images, "--channels 16 --batch 32"):
-        c = _resolve(f"{how} {flags}", dataset.to(device))
-        s, B, b, g = _state(c), train.super_batch_size(c), c.batch, torch.Generator(device)
-        weak = model.build(train.model_config(c) | dict(channels=c.guide_channels)).to(device).eval()
-        curator, score = select.Curator(c, s.denoiser, weak, s.accelerate), torch.randn(B, device=device)
-        few, posterior, many = (_batches(c, dataset, n, targets=t)
-                                for n, t in ((b, "sample"), (b, "batch"), (B, "sample")))
-        batch, whole = few[0], many[0]
+    for title, dataset, b, flags in (("tree", TREE, 816, ""),
+                                     ("UNet at 8x8", _images(n=5000), 128, "--channels 8 --dropout 0")):
+        dataset, sizes = dataset.to(device), f"--device {device} --no-compile --targets sample --batch {b} {flags}"
+        weak = _state(_resolve(f"{sizes} --channels {32 if title == 'tree' else 8}", dataset))
+        weak.save()
 
-        def learn(batch, by=None):
-            s.guide = by
-            s.learn(batch)
-        jobs = {"uniform step": lambda: learn(few[0]), "drawing b": lambda: few[0],
-                "training on b": lambda: learn(batch), "drawing B": lambda: many[0],
-                "scoring B": lambda: curator.measure(whole), "JEST": lambda: select.jest(score, b, 16, g),
-                "AJEST step": lambda: learn(curator.choose(many[0], b, g)[0]),
-                "targets batch": lambda: learn(posterior[0]), "guided targets": lambda: learn(batch, weak)}
+        def step(flags):
+            """A function that takes the next step of this arm: draw or select, then learn."""
+            state = _state(c := _resolve(f"{sizes} {flags}".format(B=5 * b), dataset))
+            keep = None if title == "tree" else torch.arange(len(dataset))
+            draw = train.Draw(state, dataset, keep, None, weak.path)
+            state.guide = weak.denoiser if c.guided_targets != 1 else None
+            return lambda: state.learn(*draw(state.progress["step"], False)[:2])
+
+        jobs = {name: step(flags) for name, flags in ARMS.items()}
+        c = _resolve(f"{sizes} --selector ajest", dataset)
+        many = _batches(c, dataset, train.super_batch_size(c), pool=None)
+        curator, scores = select.Curator(c, _state(c).denoiser, weak.denoiser), torch.randn(many.n).to(device)
+        whole, g = many[0], torch.Generator(device)
+        jobs |= {"drawing 5b": lambda: many[0], "scoring 5b": lambda: curator.measure(whole),
+                 "JEST": lambda: select.jest(scores, c.batch, c.chunks, g)}
         seconds = {name: [] for name in jobs}
-        for name in [*jobs] * 25:
+        for name in [*jobs] * (60 if title == "tree" else 12):
             began = time.perf_counter()
             jobs[name]()
             torch.cuda.synchronize() if device == "cuda" else None
             seconds[name].append(time.perf_counter() - began)
-        row = {name: 1000 * np.median(times[5:]) for name, times in seconds.items()}
-        print(f"\n{title}, {device}: " + ", ".join(f"{name} {ms:.2f}" for name, ms in row.items()))
-        assert row["uniform step"] < row["AJEST step"] and row["JEST"] < row["scoring B"]
+        row = {name: 1000 * np.median(times[2:]) for name, times in seconds.items()}
+        print(f"\n{title}, {device}, ms: " + ", ".join(f"{name} {ms:.2f}" for name, ms in row.items()))
+        assert row["uniform"] < row["AJEST"] and row["JEST"] < row["scoring 5b"]
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -308,7 +308,7 @@ class Clock:
 # What a checkpoint holds: network, optimizer, EMAs, class weights, counters, the log. `learn` is one step.
 # What is RESUMABLE may change when a run goes on.
 
-RESUMABLE = {"out", "steps", "minutes", "device", "bf16", "compile", "micro_batch", "save_every",
+RESUMABLE = {"out", "data", "steps", "minutes", "device", "bf16", "compile", "micro_batch", "save_every",
              "eval_every", "eval_samples", "sampling_steps", "guidance", "metrics", "features_id"}
 OF_RUN = "a checkpoint of this run (give another --out, or delete it)"
 
@@ -402,10 +402,11 @@ class State:
         if guide_path and c.guided_targets != 1:
             self.guide = self.accelerate(matching(guide_path, "--guide", c))
         if c.compile and step < c.steps:
-            batch = draw.batches[step]
-            weight = torch.ones_like(batch.sigma) if c.debias and draw.curator else None
-            self.gradients(batch, reweight(batch, weight))
-            self.optimizer.zero_grad(set_to_none=True)
+            full = draw.curator and c.after == "full"           # a second shape
+            for batch in [draw.batches[step]] + [draw.super_batches[step]] * bool(full):
+                weight = torch.ones_like(batch.sigma) if c.debias and draw.curator else None
+                self.gradients(batch, reweight(batch, weight))
+                self.optimizer.zero_grad(set_to_none=True)
             if draw.curator:
                 draw.curator.measure(draw.super_batches[step])
 

@@ -82,6 +82,7 @@ def _folder():
     folder = Path(tempfile.mkdtemp(dir=TEMP.name))
     with np.load(_images(folder / "d.npz")) as file:
         np.savez(folder / "plain.npz", images=file["images"])
+    shutil.copy(folder / "d.npz", folder / "moved.npz")
     for name, flag in ("reference", "--flip"), ("other", "--no-flip"):
         _train(SMALL, flag, "--guide none --steps 2 --data", folder / "d.npz", out=folder / name)
     return folder
@@ -571,7 +572,7 @@ def test_signals_save_first_and_resuming_is_bit_identical(tmp_path, monkeypatch,
         with pytest.raises(SystemExit, match=str(128 + number)):
             _train(flags, out=parts)
         assert _load(parts)["progress"]["step"] == step
-    _train(flags, out=parts)
+    _train(flags.replace("d.npz", "moved.npz"), out=parts)      # the same examples, wherever they lie
     if device == "cpu":
         return _same_run(whole, parts)
     pairs = zip(*(leaves(_load(run)["ema"]) for run in (whole, parts)))
@@ -644,7 +645,7 @@ def test_defaults_follow_the_run_and_the_machine(capsys, monkeypatch):
     c = _resolve("--selector ajest --steps 40 --batch 16 --channels 16", _images(size=32))
     assert (c.guide, c.guide_channels, c.guide_batch, c.guide_steps) == ("train", 8, 16, 100)
     c = _resolve("--selector ajest")
-    assert (c.guide_channels, c.guide_batch, c.guide_steps, c.guidance) == (32, 4096, 1024, 3.0)
+    assert (c.guide_channels, c.guide_batch, c.guide_steps, c.guidance) == (32, 4096, 512, 3.0)
     c = _resolve("--guided-targets 1.6 --steps 900")
     assert (c.guide, c.guide_steps, c.guidance) == ("snapshot", 113, 1.0)
     train.describe(_resolve("", _images(size=32)), _images())

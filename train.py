@@ -61,7 +61,7 @@ FLAGS = {
         ("--channels", N(SOME), (64, 64, 64, 128, 16), "width of the network"),
         ("--batch", N(SOME), (816, 512, 256, 256, 64), "examples trained on per step, whatever the selector"),
         ("--micro-batch", N(ANY), 0, "compute a batch in parts of this size (0 = off)"),
-        ("--steps", N(SOME), (12_000, 20_000, 20_000, 20_000, 1000), "optimizer steps"),
+        ("--steps", N(SOME), (8_000, 20_000, 20_000, 20_000, 1000), "optimizer steps"),
         ("--minutes", X(ANY), 0, "stop after this much training time (0 = no limit)"),
         ("--lr", X("(0, inf)"), (0.01, 0.01, 0.01, 0.01, None), "Adam learning rate"),
         ("--lr-decay", N(SOME), (512, 2000, 4000, 4000, 400), "steps after which it falls as 1/sqrt(step)"),
@@ -71,7 +71,7 @@ FLAGS = {
          "EMA lengths relative to training; the first is evaluated"),
         ("--P-mean", X("(-inf, inf)"), (-2.3, -1.2, -0.8, -0.4, None), "mean of ln sigma in training"),
         ("--P-std", X("(0, inf)"), (1.5, 1.2, 1.6, 1.0, None), "standard deviation of ln sigma in training"),
-        ("--targets", ("sample", "batch", "all"), ("batch", "sample", "sample", "sample", None),
+        ("--targets", ("sample", "batch", "all"), ("all", "sample", "sample", "sample", None),
          "what D learns: x0 itself, or its posterior mean given the batch's or all examples (2302.00670)"),
         ("--guided-targets", X(SOME), 1, "move the targets by 1 - 1/W of learner - guide, so that the "
          "network itself becomes the autoguided denoiser of weight W (1 = off)"),
@@ -97,7 +97,7 @@ FLAGS = {
         ("--guide-channels", N(SOME), (32, None, None, None, None), "width of a trained guide; none = half"),
         ("--guide-batch", N(SOME), (4096, None, None, None, None), "its batch; none = the run's"),
         ("--guide-steps", N(SOME), None,
-         "its steps, or the snapshot's; none = an eighth (tree: 1024, at most 512)"),
+         "its steps, or the snapshot's; none = an eighth (tree: 512, or less)"),
         ("--guidance", X(ANY), (3.0, 1.6, 1.8, 1.8, None), "guidance weight of samples (1 = off)"),
         ("--sampling-steps", N(SOME), (32, 32, 32, 32, 16), "Heun steps"),
         ("--sigma-max", X("(0.002, inf)"), (5.0, 80.0, 80.0, 80.0, None), "noise level sampling starts at"),
@@ -169,7 +169,7 @@ def resolve(args, dataset):
     if not c.guide_steps and c.guide == "snapshot":
         c.guide_steps = min(eighth, 512) if name == "tree" else eighth
     elif not c.guide_steps:
-        c.guide_steps = 1024 if name == "tree" else 100 * math.ceil(eighth / 100)
+        c.guide_steps = 512 if name == "tree" else 100 * math.ceil(eighth / 100)
     c.guide_channels, c.guide_batch = c.guide_channels or math.ceil(c.channels / 2), c.guide_batch or c.batch
     if c.guided_targets != 1 and "guidance" not in args:
         c.guidance = 1.0                                        # the network itself is the guided denoiser

@@ -645,7 +645,7 @@ def test_defaults_follow_the_run_and_the_machine(capsys, monkeypatch):
     c = _resolve("--selector ajest --steps 40 --batch 16 --channels 16", _images(size=32))
     assert (c.guide, c.guide_channels, c.guide_batch, c.guide_steps) == ("train", 8, 16, 100)
     c = _resolve("--selector ajest")
-    assert (c.guide_channels, c.guide_batch, c.guide_steps, c.guidance) == (32, 4096, 512, 3.0)
+    assert (c.guide_channels, c.guide_batch, c.guide_steps, c.guidance) == (32, 4096, 1024, 3.0)
     c = _resolve("--guided-targets 1.6 --steps 900")
     assert (c.guide, c.guide_steps, c.guidance) == ("snapshot", 113, 1.0)
     train.describe(_resolve("", _images(size=32)), _images())

@@ -97,7 +97,7 @@ FLAGS = {
         ("--guide-channels", N(SOME), (32, None, None, None, None), "width of a trained guide; none = half"),
         ("--guide-batch", N(SOME), (4096, None, None, None, None), "its batch; none = the run's"),
         ("--guide-steps", N(SOME), None,
-         "its steps, or the snapshot's; none = an eighth (tree: 512, or less)"),
+         "its steps, or the snapshot's; none = an eighth (tree: 1024, at most 512)"),
         ("--guidance", X(ANY), (3.0, 1.6, 1.8, 1.8, None), "guidance weight of samples (1 = off)"),
         ("--sampling-steps", N(SOME), (32, 32, 32, 32, 16), "Heun steps"),
         ("--sigma-max", X("(0.002, inf)"), (5.0, 80.0, 80.0, 80.0, None), "noise level sampling starts at"),
@@ -169,7 +169,7 @@ def resolve(args, dataset):
     if not c.guide_steps and c.guide == "snapshot":
         c.guide_steps = min(eighth, 512) if name == "tree" else eighth
     elif not c.guide_steps:
-        c.guide_steps = 512 if name == "tree" else 100 * math.ceil(eighth / 100)
+        c.guide_steps = 1024 if name == "tree" else 100 * math.ceil(eighth / 100)
     c.guide_channels, c.guide_batch = c.guide_channels or math.ceil(c.channels / 2), c.guide_batch or c.batch
     if c.guided_targets != 1 and "guidance" not in args:
         c.guidance = 1.0                                        # the network itself is the guided denoiser

@@ -16,8 +16,7 @@ if __name__ == "select":
     import sys
     from importlib.machinery import PathFinder
 
-    _here = os.path.dirname(os.path.abspath(__file__))
-    _elsewhere = [p for p in sys.path if os.path.abspath(p or os.curdir) != _here]
+    _elsewhere = [p for p in sys.path if not os.path.exists(os.path.join(p or os.curdir, "select.py"))]
     _spec = PathFinder.find_spec("select", _elsewhere)
     if _spec is None:
         raise ImportError("the interpreter's own select module was not found")

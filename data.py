@@ -215,7 +215,7 @@ class Tree:
         tau = torch.linspace(-1, 1, 8, dtype=x.dtype, device=x.device)
         powers = torch.stack([torch.ones_like(tau), tau, -tau.square() / 2], dim=1)     # [8, 3]
         square = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).reshape(-1, 1) ** 2     # [1 or n, 1]
-        rows = 512 if x.device.type == "cpu" else 32768         # a block fits the cache
+        rows = 128 if x.device.type == "cpu" else 32768         # a block fits the cache, and malloc keeps it
         squares = square.split(rows) if len(square) > 1 else [square] * (len(x) // rows + 1)
         logp, score = [], []
 

@@ -581,6 +581,19 @@ def test_signals_save_first_and_resuming_is_bit_identical(tmp_path, monkeypatch,
     assert all(torch.allclose(a, b, rtol=0, atol=1e-5) for a, b in pairs)
 
 
+@pytest.mark.parametrize("flags", [
+    TINY + "--selector ajest --interpolate 2 --after full --early-steps 6 --targets batch --guided-targets 2",
+    SMALL + "--data d.npz --selector ajest --guide reference --dro reference --guided-targets 2 --steps 3"])
+def test_a_compiled_run_is_the_eager_one(monkeypatch, flags):
+    monkeypatch.chdir(_folder())
+    compiled, calls = torch.compile, []
+    monkeypatch.setattr(model, "able", lambda device, bf16, compile: (False, bool(compile)))
+    monkeypatch.setattr(torch, "compile", lambda function, **how: calls.append(function) or compiled(
+        function, backend="eager", **how))                      # traced as one graph, but not lowered
+    runs = [leaves(_load(_train(flags, way))["ema"]) for way in ("--compile", "--no-compile")]
+    assert all(map(lambda a, b: torch.allclose(a, b, rtol=0, atol=1e-5), *runs)) and len(calls) > 2
+
+
 @pytest.mark.parametrize("W", [1, 1.6])
 def test_the_snapshot_is_the_ema_of_its_step(W):
     whole = _train(TINY, "--guide-steps 9 --guided-targets", W)

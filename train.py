@@ -26,9 +26,10 @@ import fid
 import guide
 import model
 
-# select.py shares its name with a standard-library module, so it is loaded by path.
+# select.py shares its name with a standard-library module, so it is loaded by path, under another name, by which
+# torch.compile finds it again.
 _spec = importlib.util.spec_from_file_location("batch_select", Path(__file__).with_name("select.py"))
-select = importlib.util.module_from_spec(_spec)
+select = sys.modules["batch_select"] = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(select)
 
 

@@ -348,9 +348,9 @@ def posterior_mean(x, sigma, examples):
 
 
 def _posterior_logits(x, sigma, y):
-    """x [..., n, d], sigma [..., n], y [..., m, d] -> logits [..., n, m] of x0 = y given x. The posterior mean
-    is attention with queries (x, 1) / sigma^2, keys (y, -|y|^2 / 2) and values y. What all candidates share,
-    |x|^2 / 2 sigma^2, is left out, and the softmax subtracts the largest logit, so that nothing overflows."""
+    """x [..., n, d], sigma [..., n], y [..., m, d] -> logits [..., n, m] of x0 = y given x. The posterior
+    mean is attention with queries (x, 1) / sigma^2, keys (y, -|y|^2 / 2) and values y. What all candidates
+    share, |x|^2 / 2 sigma^2, is left out, and the softmax subtracts the largest logit: nothing overflows."""
     weight = 1 / sigma.square()[..., None]
     keys = torch.cat([y, y.square().sum(-1, keepdim=True) / -2], -1)
     return torch.cat([x * weight, weight], -1) @ keys.mT

@@ -998,7 +998,8 @@ def test_milliseconds(device, monkeypatch):
             torch.cuda.synchronize() if device == "cuda" else None
             seconds[name].append(time.perf_counter() - began)
         row = {name: 1000 * np.median(times[2:]) for name, times in seconds.items()}
-        print(f"\n{title}, {device}, milliseconds:", *(f"{ms:9.2f}  {name}" for name, ms in row.items()), sep="\n")
+        lines = (f"{ms:9.2f}  {name}" for name, ms in row.items())
+        print(f"\n{title}, {device}, milliseconds:", *lines, sep="\n")
         assert row["uniform, sample"] < row["AJEST, sample"] and row["JEST"] < row["scoring 5b"]
 
 

@@ -26,8 +26,8 @@ import fid
 import guide
 import model
 
-# select.py shares its name with a standard-library module, so it is loaded by path, under another name, by which
-# torch.compile finds it again.
+# select.py shares its name with a standard-library module, so it is loaded by path, under another name, by
+# which torch.compile finds it again.
 _spec = importlib.util.spec_from_file_location("batch_select", Path(__file__).with_name("select.py"))
 select = sys.modules["batch_select"] = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(select)
@@ -404,7 +404,8 @@ class State:
             self.guide = self.accelerate(matching(guide_path, "--guide", c))
         if c.compile and step < c.steps:
             full = draw.curator and c.after == "full"           # a second shape
-            for batch in [draw.batches[step]] + [draw.super_batches[step]] * bool(full):
+            for batches in (draw.batches, draw.super_batches) if full else (draw.batches,):
+                batch = batches[step]
                 weight = torch.ones_like(batch.sigma) if c.debias and draw.curator else None
                 self.gradients(batch, reweight(batch, weight))
                 self.optimizer.zero_grad(set_to_none=True)

@@ -1,10 +1,10 @@
-"""Data: the 2-D tree, image and latent data sets, batches that are a function of (seed, step), posterior-mean
-targets, coreset pruning, class weights by distributionally robust optimization, and pictures.
+"""Data: the 2-D tree, image and latent data sets, batches that are a function of (seed, step), coreset pruning,
+class weights by distributionally robust optimization, and pictures.
 
-Pruning then reweighting: https://arxiv.org/abs/2409.19128. The tree: https://arxiv.org/abs/2406.02507. Stable
-targets: https://arxiv.org/abs/2302.00670. First come the helpers for files and flags that every program uses.
+Pruning then reweighting: https://arxiv.org/abs/2409.19128. The tree: https://arxiv.org/abs/2406.02507. First come
+the helpers for files and flags that every program uses. What a data set holds, without training on it:
 
-    python data.py DATA --keep 0.1 --prune gaussian --out keep.npy --show coreset.png
+    python -c "import data; print(*data.load('data/cifar10', size=16).report, sep='\\n')"
 """
 import argparse
 import contextlib
@@ -16,10 +16,9 @@ import math
 import os
 import pickle
 import sys
-import tarfile
+import tempfile
 import time
 import typing
-import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -56,7 +55,7 @@ def reading(path, what):
         raise DataError(f"{error.filename or path}: no such file") from None
     except Exception as error:
         why = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{path}: not {what}, {why[:80]}") from None
+        raise DataError(f"{path}: not {what}, {why[:200]}") from None
 
 
 @contextlib.contextmanager
@@ -75,6 +74,16 @@ def writing(path):
     finally:
         with contextlib.suppress(OSError):
             os.remove(temporary)
+
+
+def output(path):
+    """Make the folder in which `path` is to be written; OSError where nothing can be. To be called before the
+    work, not after it."""
+    folder = Path(path).absolute().parent
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
+    if os.path.isdir(path):
+        raise DataError(f"{path}: is a folder, a file is to be written")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -103,7 +112,8 @@ def device(text):
         if where.type == "cuda":
             where = torch.device("cuda", where.index or int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(where)                        # before the first call that would take cuda:0
-        torch.empty(0, device=where)
+        elif where.type != "cpu":
+            raise RuntimeError("cpu and cuda are supported")
     except (RuntimeError, AssertionError) as error:
         raise argparse.ArgumentTypeError(f"{text}: {str(error).splitlines()[0][:80]}") from None
     return str(where)
@@ -118,19 +128,18 @@ def parser(description, usage):
                                    allow_abbrev=False, formatter_class=lambda prog: Help(prog, width=110))
 
 
-def command(run, parser, argv=None):
-    """Parse argv and run(args); what the user can mend becomes one line on stderr and exit status 2."""
-    args = parser.parse_args(argv)
+def command(run):
+    """Call run(); what the user can mend becomes one line on stderr and exit status 2, Ctrl-C status 130."""
     try:
-        return run(args)
+        return run()
     except torch.OutOfMemoryError:
-        why = "out of device memory: give a smaller --batch or --micro-batch"
+        why, status = "error: out of device memory: give a smaller --batch or --micro-batch", 2
     except (DataError, OSError) as error:
-        why = str(error)
+        why, status = f"error: {error}", 2
     except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    print("error:", why, file=sys.stderr)
-    raise SystemExit(2)
+        why, status = "stopped; the same command goes on from what is saved", 130
+    print(why, file=sys.stderr)
+    raise SystemExit(status)
 
 
 def progress(text, last=False, shown=[-math.inf]):
@@ -150,11 +159,6 @@ def stream(seed, step, name, device="cpu"):
     """torch.Generator on `device`, seeded by a hash of (seed, step, name); name is e.g. "data" or "noise"."""
     digest = hashlib.blake2b(f"{seed}/{step}/{name}".encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little"))
-
-
-def double(x):
-    """x in float64; on the CPU where the device (MPS) has none."""
-    return (x.cpu() if x.device.type == "mps" else x).double()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -197,8 +201,8 @@ class Tree:
         return self._cast[name, dtype]
 
     def sample(self, n, generator=None):
-        """n points of the density: float32 [n, 2]. On the CPU the first m of n points are those of a draw of
-        m: three uniforms a point, the normals by Box-Muller."""
+        """n points of the density: float32 [n, 2]. Three uniforms a point: which Gaussian, and by Box-Muller
+        two normals. On the CPU a larger draw begins with the points of a smaller one."""
         u = torch.rand(n, 3, generator=generator, device=self.device)                   # [n, 3]
         index = torch.searchsorted(self._p("cumulative"), u[:, 0].contiguous(), right=True)
         index = index.clamp(max=len(self.parameters["mean"]) - 1)                       # rounding at u = 1
@@ -207,35 +211,28 @@ class Tree:
         return self._p("mean")[index] + (self._p("root")[index] * z[:, None, :]).sum(2)
 
     def _evaluate(self, x, sigma):
-        """Log-density [n] and score [n, 2] at x [n, 2]. In a branch's own axes the covariance plus sigma^2 I
-        is diagonal and shared by its Gaussians, which lie at middle + tau half, tau = -1 ... 1. So an
-        exponent is base + B tau - C tau^2 / 2, by coefficients of the branch; a matrix product gives all."""
+        """Log-density [n] and its gradient [n, 2] at x [n, 2]. In a branch's own axes the covariance plus
+        sigma^2 I is diagonal and shared by its Gaussians, which lie at middle + tau half, tau = -1 ... 1. So
+        an exponent is base + B tau - C tau^2 / 2, with coefficients of the branch; a matrix product gives all."""
         axes, lam, middle, half, log_weight = (
             self._p(name, x.dtype) for name in ("axes", "lam", "middle", "half", "log_weight"))
         tau = torch.linspace(-1, 1, 8, dtype=x.dtype, device=x.device)
         powers = torch.stack([torch.ones_like(tau), tau, -tau.square() / 2], dim=1)     # [8, 3]
-        square = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).reshape(-1, 1) ** 2     # [1 or n, 1]
-        rows = 128 if x.device.type == "cpu" else 32768         # a block fits the cache, and malloc keeps it
-        squares = square.split(rows) if len(square) > 1 else [square] * (len(x) // rows + 1)
-        logp, score = [], []
-
-        def dot(u, v):                                          # over the two axes: [n, K]
-            return torch.addcmul(u[0] * v[0], u[1], v[1])
-        for x, square in zip(x.split(rows), squares):
-            a = (x @ axes).sub_(middle)                                                 # [axis, n, K]
-            rate = (lam + square).reciprocal_()                                         # [axis, 1 or n, K]
-            rate_a, rate_half = rate * a, rate * half
-            B, C = dot(rate_a, half), dot(rate_half, half)
-            base = torch.sub(log_weight + 0.5 * (rate[0] * rate[1]).log(), dot(rate_a, a), alpha=0.5)
-            peak = (B / C).clamp_(-1, 1)                        # at which tau it is highest: a close bound
-            most = torch.addcmul(base, peak, torch.addcmul(B, C, peak, value=-0.5)).amax(1, keepdim=True)
-            exponent = torch.stack(torch.broadcast_tensors(base - most, B, C)).flatten(1)       # [3, n K]
-            share = (powers * math.log2(math.e) @ exponent).clamp_(min=-115).exp2_()   # slow if it underflows
-            S0, S1 = (powers[:, :2].T @ share).view(2, *B.shape)                        # sum share, share tau
+        square = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).reshape(-1, 1).expand(len(x), 1) ** 2
+        rows, logp, score = 128 if x.device.type == "cpu" else 32768, [], []    # 128 fit a CPU's cache
+        for x, square in zip(x.split(rows), square.split(rows)):
+            a = x @ axes - middle                                                       # [axis, n, K]
+            precision = (lam + square).reciprocal()                                     # [axis, n, K]
+            pull, slope = precision * a, precision * half
+            base = log_weight + 0.5 * (precision.prod(0).log() - (pull * a).sum(0))
+            base_B_C = torch.stack([base, (pull * half).sum(0), (slope * half).sum(0)])
+            exponent = (powers / math.log(2) @ base_B_C.flatten(1)).view(8, *base.shape)        # [8, n, K]
+            most = exponent.amax(0).amax(1, keepdim=True)                               # [n, 1]
+            share = exponent.sub_(most).clamp_(min=-115).exp2_()                        # slow if it underflows
+            S0, S1 = (powers[:, :2].T @ share.flatten(1)).view(2, *base.shape)          # sum share, share tau
             total = S0.sum(1, keepdim=True)
-            logp.append(most + total.log() - math.log(2 * math.pi))
-            pull = torch.addcmul(rate_half * S1, rate_a, S0, value=-1)                  # [axis, n, K]
-            score.append((axes @ pull.mT).sum(0).mT / total)    # on a CPU faster than pull @ axes.mT
+            logp.append((most + total.log2()) * math.log(2) - math.log(2 * math.pi))
+            score.append((axes @ (slope * S1 - pull * S0).mT).sum(0).mT / total)
         return torch.cat(logp)[:, 0], torch.cat(score)
 
     @torch.no_grad()
@@ -325,60 +322,15 @@ def decode(x, config):
     """`scale` inverted for what a denoiser of this config samples: uint8 images, raw latents, or points."""
     if config["kind"] == "tree":
         return x
-    mean, std = (torch.tensor(config[name], device=x.device).reshape(-1, 1, 1) for name in ("mean", "std"))
+    mean, std = (torch.tensor(config[name]).reshape(-1, 1, 1).to(x.device) for name in ("mean", "std"))
     x = x.float() * 2 * std + mean
     return x.round().clip(0, 255).to(torch.uint8) if config["kind"] == "image" else x
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Targets. The posterior mean of x0 given x = x0 + sigma noise, where x0 is one of a set of examples: the same
-# minimizer as x0 itself, with less variance (stable target fields, https://arxiv.org/abs/2302.00670).
-
-def posterior_mean(x, sigma, examples):
-    """E[x0 | x] for x [n, ...] at noise levels sigma [n], with x0 one of `examples` [m, ...]: [n, ...].
-    `examples` may be several such blocks, for more than memory holds; the result is that of all of them."""
-    mean, evidence = 0.0, torch.full_like(sigma, -math.inf)
-    for block in examples.split(4096) if torch.is_tensor(examples) else examples:
-        y = block.flatten(1)
-        logits = _posterior_logits(x.flatten(1), sigma, y)
-        log_sum = logits.logsumexp(1)
-        mean = mean + (logits.softmax(1) @ y - mean) * torch.sigmoid(log_sum - evidence)[:, None]
-        evidence = torch.logaddexp(evidence, log_sum)
-    return mean.view(x.shape)
-
-
-def _posterior_logits(x, sigma, y):
-    """x [..., n, d], sigma [..., n], y [..., m, d] -> logits [..., n, m] of x0 = y given x. The posterior
-    mean is attention with queries (x, 1) / sigma^2, keys (y, -|y|^2 / 2) and values y. What all candidates
-    share, |x|^2 / 2 sigma^2, is left out, and the softmax subtracts the largest logit: nothing overflows."""
-    weight = 1 / sigma.square()[..., None]
-    keys = torch.cat([y, y.square().sum(-1, keepdim=True) / -2], -1)
-    return torch.cat([x * weight, weight], -1) @ keys.mT
-
-
-def batch_posterior_mean(x, sigma, x0, labels=None, group=200):
-    """The same with the batch's own examples x0 [n, ...] as candidates, those of the same label, in groups of
-    about `group` (a divisor of n, so that the shapes are fixed): [n, ...]. Groups gather equal labels."""
-    n = len(x)
-    groups = next(g for g in range(max(1, n // group), 0, -1) if n % g == 0)
-    order = torch.arange(n, device=x.device) if labels is None else labels.argsort(stable=True)
-    parts = [t[order].reshape(groups, n // groups, -1) for t in (x, sigma, x0)]         # [groups, n / g, d]
-    parts.append(torch.zeros_like(parts[1]) if labels is None else labels[order].view(groups, -1, 1))
-    slab, means = 4 if x.device.type == "cpu" else groups, []                           # 4 fit the cache
-    for x_, s, y, label in zip(*(part.split(slab) for part in parts)):
-        logits = _posterior_logits(x_, s[..., 0], y)
-        if labels is not None:
-            logits.masked_fill_(label != label.mT, -math.inf)
-        # On a CPU this order takes a fifth of the time of `share @ y` where y has two columns.
-        means.append((y.mT.contiguous() @ logits.softmax(-1).mT).mT)
-    return torch.empty_like(x).index_copy_(0, order, torch.cat(means).view(x.shape))
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Batches by number: batches[step] depends on (seed, step) alone, and on the CPU the first examples of a
-# larger batch are those of a smaller one (multiples of 16). What is small is drawn on the host and copied
-# without waiting, the noise on the device. Flips are labelled, so that they do not leak into samples: a
-# mirrored image of class c has label c + classes.
+# Batches by number: batches[step] depends on (seed, step) alone, so that on a CPU uniform batches of b are the
+# beginning of super-batches of B (for multiples of 16). What is small is drawn on the host and copied without
+# waiting, the noise on the device. A mirrored image of class c has label c + classes: flips do not leak.
 
 class Batch(typing.NamedTuple):
     x0: torch.Tensor                            # float32 [n, ...]
@@ -403,240 +355,198 @@ class Batches:
         n,                      # examples a batch
         seed,                   # integer
         device="cpu",           # where the batch is wanted
-        pool=None,              # sorted indices [M] of the examples to draw from; None = all
-        class_weights=None,     # an example is drawn in proportion to its class's weight [classes]; None = 1
+        pool=None,              # indices [M] of the examples to draw from; None = all
         flip=False,             # mirror half of the images, as classes of their own
-        targets="sample",       # x0 itself, or its posterior mean given the "batch" or "all" of the pool
+        targets="sample",       # "sample" = x0 itself; "exact" = E[x0 | x], which the tree knows
         P_mean=-1.2,            # of ln sigma
         P_std=1.2,
         rows=slice(None),       # the rows of the n that are wanted here (several processes)
     ):
         self.dataset, self.n, self.seed, self.device = dataset, n, seed, torch.device(device)
         self.flip, self.targets, self.P_mean, self.P_std, self.rows = flip, targets, P_mean, P_std, rows
-        self.cumulative = None
-        if dataset.kind == "tree":
-            return
-        self.pool = torch.arange(len(dataset)) if pool is None else torch.as_tensor(pool)
-        if class_weights is not None:
-            weight = class_weights.double()[dataset.labels[self.pool]]                  # [M]
-            self.cumulative = weight.cumsum(0) / weight.sum()
-        if targets == "all":
-            labels = torch.zeros(len(self.pool)) if dataset.labels is None else dataset.labels[self.pool]
-            self.of_class = {int(c): self.pool[labels == c] for c in labels.unique()}
-
-    def index(self, step):
-        """Indices of the batch in the data set: int64 [n] on the host."""
-        generator = stream(self.seed, step, "data")
-        if self.cumulative is None:
-            return self.pool[torch.randint(len(self.pool), (self.n,), generator=generator)]
-        u = torch.rand(self.n, generator=generator, dtype=torch.float64)
-        return self.pool[torch.searchsorted(self.cumulative, u, right=True).clamp(max=len(self.pool) - 1)]
+        if dataset.kind != "tree":
+            self.pool = torch.arange(len(dataset)) if pool is None else pool
 
     def __getitem__(self, step):
-        """The Batch of this step."""
-        def draw(name, device="cpu"):
-            return stream(self.seed, step, name, device)
-        data, labels, mirrored = self.dataset, None, None
-        sigma = self.P_mean + self.P_std * torch.randn(self.n, generator=draw("sigma"))[self.rows]
-        sigma = put(sigma.exp(), self.device)
-        if data.kind == "tree":
-            x0 = data.sample(self.n, draw("data", data.device))[self.rows]
-        else:
-            index = self.index(step)[self.rows]
-            x0 = data.take(index, self.device)
-            labels = None if data.labels is None else data.labels[index]
-            if self.flip:
-                mirrored = torch.randint(2, (self.n,), generator=draw("flip"))[self.rows]       # 0 or 1
-                labels = mirrored if labels is None else labels + mirrored * data.classes
-                x0 = _mirror(x0, mirrored)
-        noise = torch.randn((self.n, *data.shape), generator=draw("noise", self.device), device=self.device)
-        noise, on_device = noise[self.rows], None if labels is None else put(labels, self.device)
-        batch = Batch(x0, noise, sigma, on_device, x0)
-        if self.targets == "batch":
-            return batch._replace(target=batch_posterior_mean(batch.x, sigma, x0, on_device))
-        if self.targets == "all":
-            return batch._replace(target=data.denoise(batch.x, sigma) if data.kind == "tree" else
-                                  self._all(batch.x, sigma, labels, mirrored))
+        """The Batch of this step, drawn with replacement."""
+        if self.dataset.kind == "tree":
+            x0 = self.dataset.sample(self.n, self._draw(step, "data", self.dataset.device))
+            return self._noised(x0[self.rows], None, step)
+        drawn = torch.randint(len(self.pool), (self.n,), generator=self._draw(step, "data"))
+        return self.of(self.pool[drawn], step)
+
+    def of(self, index, step):
+        """The Batch of the examples at `index` int64 [n], with mirroring, noise level and noise of this step."""
+        data, labels, index = self.dataset, None, index[self.rows]
+        x0 = data.take(index, self.device)
+        if data.labels is not None:
+            labels = data.labels[index]
+        if self.flip:
+            mirrored = torch.randint(2, (self.n,), generator=self._draw(step, "flip"))[self.rows]   # 0 or 1
+            labels = mirrored if labels is None else labels + mirrored * data.classes
+            x0 = torch.where(put(mirrored, self.device)[:, None, None, None] == 1, x0.flip(3), x0)
+        return self._noised(x0, None if labels is None else put(labels, self.device), step)
+
+    def _noised(self, x0, labels, step):
+        sigma = self.P_mean + self.P_std * torch.randn(self.n, generator=self._draw(step, "sigma"))[self.rows]
+        sigma, shape = put(sigma.exp(), self.device), (self.n, *self.dataset.shape)
+        noise = torch.randn(shape, generator=self._draw(step, "noise", self.device), device=self.device)
+        batch = Batch(x0, noise[self.rows], sigma, labels, x0)
+        if self.targets == "exact":
+            batch = batch._replace(target=self.dataset.denoise(batch.x, sigma))
         return batch
 
-    def _all(self, x, sigma, labels, mirrored):
-        """The posterior mean given all examples of the pool with that label, mirrored where x is mirrored."""
-        x, out = _mirror(x, mirrored), torch.empty_like(x)
-        classes = torch.zeros(len(x)) if self.dataset.labels is None else labels % self.dataset.classes
-        for c in classes.unique().tolist():
-            rows = put((classes == c).nonzero()[:, 0], self.device)
-            blocks = (self.dataset.take(index, self.device) for index in self.of_class[int(c)].split(4096))
-            out[rows] = posterior_mean(x[rows], sigma[rows], blocks)
-        return _mirror(out, mirrored)
-
-
-def _mirror(x, mirrored):
-    """Images x [n, C, H, W], flipped where `mirrored` [n] is 1; None flips none."""
-    if mirrored is None:
-        return x
-    return torch.where(put(mirrored, x.device)[:, None, None, None] == 1, x.flip(3), x)
+    def _draw(self, step, name, device="cpu"):
+        return stream(self.seed, step, name, device)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Loading. Whatever the source, it becomes one array in the cache folder ($DATA_CACHE, else
-# ~/.cache/data-curation), which later runs map into memory.
+# ~/.cache/data-curation), which later runs map into memory. Nothing is guessed: what is ambiguous is refused.
 
-CACHE_VERSION = 3                               # raise it when what is cached changes
+CACHE_VERSION = 5                               # raise it when what is cached changes
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-CIFAR_BATCHES = [f"data_batch_{i}{suffix}" for suffix in ("", ".bin") for i in range(1, 6)]
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "unlabeled", "unlabelled"}
+CIFAR_BATCHES = [f"data_batch_{i}" for i in range(1, 6)]
 CIFAR_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 
 
 def load(path, size=None):
-    """The images or latents at `path` as a Dataset.
+    """The images or latents at `path` as a Dataset. Raises DataError, one line, for what cannot be read.
 
-    path    a folder, .zip or .tar of images (a folder a class; of train, val, test the train one; or as the
-            dataset.json at its top says, which is EDM's format), CIFAR-10 as published (python or binary, in
-            .tar.gz or unpacked), or an .npz with `images` uint8 [N, 3, H, W] or [N, H, W, 3], or `latents`
-            float [N, C, H, W] (with optional `mean`, `std` [C]), and `labels` [N]
+    path    a folder or .zip with one sub-folder a class (or none: unlabelled), the same with EDM's dataset.json
+            on top, the folder cifar-10-batches-py, or an .npz with `images` uint8 [N, 3, H, W] or [N, H, W, 3],
+            or `latents` float [N, C, H, W] (with optional `mean`, `std` [C]), and optional `labels` [N] and
+            `class_names` [K]
     size    center-crop to a square and resize (Lanczos) to this many pixels; None = as they are
-
-    Raises DataError, one line, for anything unreadable, inconsistent or hostile; nothing is left behind."""
-    path = Path(path)
-    if not path.exists():
-        raise DataError(f"{path}: no such file or folder")
-    files = _files(path) if path.is_dir() else {"": path}
-    stamp = [(name, file.stat().st_size, file.stat().st_mtime_ns) for name, file in files.items()]
-    key = hashlib.sha256(repr((CACHE_VERSION, str(path.resolve()), size, stamp)).encode()).hexdigest()
-    folder = cache_folder()
-    cached = folder / f"{key[:32]}.pt"
-    if not cached.exists():
-        with reading(path, "a data set"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")                     # Pillow's remarks on odd but readable files
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            found = _npz(path, size) if path.suffix.lower() == ".npz" else _images(path, files, size)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
+    """
+    path, cache = Path(path), cache_folder()
+    with reading(path, "a data set"):
+        files = [path] if path.is_file() else sorted(_walk(path))
+        stamp = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        key = hashlib.sha256(repr((CACHE_VERSION, str(path.resolve()), size, stamp)).encode()).hexdigest()
+        cached = cache / f"{key[:32]}.pt"
+        if not cached.exists():
+            found = _npz(path, size) if path.suffix.lower() == ".npz" else _images(_members(path, files), size)
+            output(cached)
             with writing(cached) as file:
                 torch.save(vars(found), file)
-        except (OSError, DataError) as error:
-            raise DataError(f"{path}: the cache has no room for it, set DATA_CACHE ({error})") from None
     with reading(cached, "a cached data set (delete it)"):
         return Dataset(**torch.load(cached, mmap=True, weights_only=True))      # no change reaches the file
 
 
 def cache_folder():
     """Where data sets and their features are kept: $DATA_CACHE, else ~/.cache/data-curation."""
-    return Path(os.environ.get("DATA_CACHE") or Path.home() / ".cache" / "data-curation")
+    with reading("~", "a home folder for the cache (set DATA_CACHE)"):
+        return Path(os.environ.get("DATA_CACHE") or Path.home() / ".cache" / "data-curation")
 
 
-def _dataset(x, labels, class_names=None, report=(), **more):
-    """Dataset of arrays x [N, C, H, W] and labels [N] or None; class_names None = the classes' numbers."""
-    x, found = np.ascontiguousarray(x), Dataset(None, class_names=class_names or [], **more)
-    n, c, h, w = x.shape
-    size = f"{n:,} {found.kind}s of {c}x{h}x{w}, {x.nbytes / 2 ** 20:,.0f} MiB"
-    found.report = [size, "no labels", *report]
+def _dataset(x, labels, names=None, report=(), **more):
+    """Dataset of arrays x [N, C, H, W] and labels [N] or None. The classes are the labels that occur, in
+    order; `names` [K] calls them (None: by their numbers)."""
+    x, count = np.ascontiguousarray(x), "no labels"
+    found = Dataset(torch.from_numpy(x), **more)
     if labels is not None:
-        labels, most = np.asarray(labels), len(found.class_names) or 100_000
-        right = labels.dtype.kind in "iu" and labels.shape == (n,)
-        right = right and 0 <= labels.min() and labels.max() < most
-        _expect("`labels`", labels, right, f"class numbers below {most:,} [{n}]")
-        labels = labels.astype(np.int64)
-        count = np.bincount(labels)
-        found.class_names = class_names or [str(c) for c in range(len(count))]
-        found.report[1] = f"{len(count):,} classes of {count.min():,} to {count.max():,} examples"
-        found.labels = torch.from_numpy(labels)
-    about = repr((x.shape, found.kind, found.class_names, found.mean, found.std))
-    digest = hashlib.sha256(about.encode())
+        labels = np.asarray(labels)
+        if labels.shape != (len(x),) or labels.dtype.kind not in "iu" or labels.min() < 0:
+            raise ValueError(f"`labels` is {labels.dtype} {list(labels.shape)}, wanted class numbers [{len(x)}]")
+        if names and labels.max() >= len(names):
+            raise ValueError(f"label {labels.max()} is none of {len(names)} class names")
+        present, labels, counts = np.unique(labels, return_inverse=True, return_counts=True)
+        found.class_names = [names[c] if names else str(c) for c in present]
+        found.labels = torch.from_numpy(labels.astype(np.int64))
+        count = (f"{len(present):,} classes of {counts.min():,} to {counts.max():,}: "
+                 + ", ".join(found.class_names[:10]) + ", ..." * (len(present) > 10))
+    c, h, w = x.shape[1:]
+    found.report = [f"{len(x):,} {found.kind}s of {c}x{h}x{w}", count, *report]
+    digest = hashlib.sha256(repr((x.shape, found.kind, found.class_names, found.mean, found.std)).encode())
     digest.update(x)
-    digest.update(b"" if labels is None else labels)
-    found.x, found.fingerprint = torch.from_numpy(x), digest.hexdigest()
+    digest.update(b"" if labels is None else found.labels.numpy())
+    found.fingerprint = digest.hexdigest()
     return found
-
-
-def _expect(name, array, right, wanted):
-    if not right:
-        raise ValueError(f"{name} is {array.dtype} {list(array.shape)}, wanted {wanted}")
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Images: one list of names and read functions, be they in a folder, a zip or a tar. Nothing is unpacked.
+# Images: one list of names and read functions, be they in a folder or a zip. What is found is read, counted in
+# the report, or an error; only hidden entries are not there.
 
-def _files(path):
-    """{name with slashes: Path} of all files below a folder, sorted; links are followed, each folder once."""
-    files, seen = {}, set()
-    for folder, folders, names in os.walk(path, followlinks=True):
-        if os.path.realpath(folder) in seen:
-            folders.clear()
-            continue
-        seen.add(os.path.realpath(folder))
-        paths = [Path(folder, name) for name in names]
-        files |= {file.relative_to(path).as_posix(): file for file in paths if file.is_file()}
-    return dict(sorted(files.items()))
+def _hidden(part):
+    return part.startswith((".", "@")) or part == "__MACOSX"
 
 
-def _members(path):
-    """{name: function that returns the file's bytes} of a .zip or .tar, compressed or not."""
-    found, is_zip = {}, path.suffix.lower() == ".zip"
-    archive = zipfile.ZipFile(path) if is_zip else tarfile.open(path)
-    for info in archive.infolist() if is_zip else archive:
-        name, size = (info.filename, info.file_size) if is_zip else (info.name, info.size)
-        name = name.removeprefix("./")                          # as `tar -C folder .` writes them
-        if size > 2 ** 28:
-            raise ValueError(f"{name} has {size:,} bytes, more than 256 MB")
-        if is_zip and not info.is_dir():
-            found[name] = functools.partial(archive.read, info)
-        elif not is_zip and info.isfile():                      # at once: a .tar.gz is read in its own order
-            found[name] = functools.partial(bytes, archive.extractfile(info).read())
-    return found
+def _walk(path):
+    """All files below a folder but hidden ones; links are followed, and a folder that cannot be read raises."""
+    def stop(error):
+        raise error
+    for folder, folders, names in os.walk(path, followlinks=True, onerror=stop):
+        folders[:] = [name for name in folders if not _hidden(name)]
+        yield from (Path(folder, name) for name in names if not _hidden(name))
 
 
-def _images(path, files, size):
-    """Dataset of the images among the files, labelled by dataset.json or by folder; or of CIFAR-10."""
-    members = {name: file.read_bytes for name, file in files.items()} if path.is_dir() else _members(path)
-    batches = {name.rpartition("/")[2]: read for name, read in members.items()}
-    if batches := [(name, batches[name]) for name in CIFAR_BATCHES if name in batches]:
-        return _cifar(batches, size)
-    images = [name for name in members if name.lower().endswith(IMAGES)
-              and not name.startswith("__MACOSX/") and not name.rpartition("/")[2].startswith(".")]
-    if not images:
-        raise ValueError(f"no images ({', '.join(IMAGES[:4])} ...) among its {len(members)} files")
-    listing = members.get("dataset.json")
-    label_of = _by_listing(json.loads(listing()), images) if listing else _by_folder(images)
-    order = sorted(label_of, key=lambda name: (label_of[name], name))
-    labels, names = [label_of[name] for name in order], None
-    if labels[0] is None:
-        labels = None
-    elif not listing:
-        names, labels = np.unique(labels, return_inverse=True)
-        names = names.tolist()
-    x = _decoded({name: members[name] for name in order}, size)
-    others = len(members) - len(order)
-    return _dataset(x, labels, names, [f"{others:,} other files left out"] * (others > 0))
+def _members(path, files):
+    """{name with slashes: function that returns the file's bytes} of a folder's files or of a zip."""
+    if path.is_dir():
+        return {file.relative_to(path).as_posix(): file.read_bytes for file in files}
+    archive = zipfile.ZipFile(path)
+    found = {info.filename.replace("\\", "/"): functools.partial(archive.read, info)
+             for info in archive.infolist() if not info.filename.endswith(("/", "\\"))}
+    return {name: read for name, read in found.items() if not any(map(_hidden, name.split("/")))}
 
 
-def _by_folder(names):
-    """{name: class}. A single folder on top is entered, and of train, val and test the train one; the next
-    level is the class, and its images lie at any depth. The class of images without a folder is None."""
-    below = {name: name.split("/") for name in names}           # the folders to go through, and the file
-    while True:
-        tops = {folders[0] if len(folders) > 1 else None for folders in below.values()}     # None: an image
-        if "train" in tops and tops <= {"train", "val", "test"}:
-            top = "train"
-        elif len(tops) == 1 and None not in tops:
-            top, = tops
-        else:
-            break
-        below = {name: folders[1:] for name, folders in below.items() if folders[0] == top}
-    if None in tops and len(tops) > 1:
+def _images(members, size):
+    """Dataset of the images among the members, labelled by dataset.json or by folder; or of CIFAR-10."""
+    if batches := [name for name in sorted(members) if name.rpartition("/")[2] in CIFAR_BATCHES]:
+        return _cifar([members[name] for name in batches], size, len(members) - len(batches))
+    images = sorted(name for name in members if name.lower().endswith(IMAGES))
+    listings = [name for name in members if name.rpartition("/")[2] == "dataset.json"]
+    if not images or len(listings) > 1:
+        raise ValueError(f"it holds {len(images)} images ({', '.join(IMAGES[:4])} ...) and {len(listings)} "
+                         "dataset.json: give a folder with images and one at most")
+    top = os.path.commonpath([os.path.dirname(name) for name in images + listings])
+    below = {name: name[len(top):].lstrip("/") for name in images}              # without what all share on top
+    if listings and os.path.dirname(listings[0]) != top:
+        raise ValueError(f"{listings[0]} does not lie on top of all images")
+    if listings:
+        label_of, names = _by_listing(json.loads(members[listings[0]]()), below), None
+    else:
+        label_of = _by_folder(below)
+        names = sorted(set(label_of.values()) - {None})
+        label_of = {name: None if c is None else names.index(c) for name, c in label_of.items()}
+    order = sorted(images, key=lambda name: (label_of[name] or 0, name))
+    labels = None if label_of[order[0]] is None else [label_of[name] for name in order]
+    others = len(members) - len(images)
+    return _dataset(_decoded({name: members[name] for name in order}, size), labels, names,
+                    [f"{others:,} other files left out"] * (others > 0))
+
+
+def _by_folder(below):
+    """{name: class}: the first folder; None for images without one."""
+    folders, splits = {name: rest.split("/")[:-1] for name, rest in below.items()}, {}
+    for parts in folders.values():
+        for depth, part in enumerate(parts):
+            if part.lower() in SPLITS:
+                splits.setdefault("/".join(parts[:depth]), set()).add(part)
+    for parent, names in splits.items():
+        if len(names) > 1:
+            raise ValueError(f"{', '.join(sorted(names))} {'in ' * bool(parent)}{parent} look like splits of one "
+                             "data set, not like classes: give one of these folders")
+    if len({bool(parts) for parts in folders.values()}) > 1:
         raise ValueError("images lie both beside and inside of class folders")
-    return {name: None if None in tops else folders[0] for name, folders in below.items()}
+    return {name: parts[0] if parts else None for name, parts in folders.items()}
 
 
-def _by_listing(listing, names):
+def _by_listing(listing, below):
     """{name: class number or None} by EDM's dataset.json: {"labels": [["00000/img00000000.png", 3], ...]}, or
     null for no labels."""
     if listing["labels"] is None:
-        return dict.fromkeys(names)
-    label_of = dict(listing["labels"])
-    for name in sorted(label_of.keys() ^ set(names)):
-        raise ValueError(f"{name} is {'missing' if name in label_of else 'not listed'} (dataset.json)")
-    return label_of
+        return dict.fromkeys(below)
+    listed = {name.replace("\\", "/"): label for name, label in listing["labels"]}
+    for name in sorted(listed.keys() ^ set(below.values())):
+        raise ValueError(f"{name} is {'missing' if name in listed else 'not listed'} (dataset.json)")
+    for name, label in listed.items():
+        if type(label) is not int or label < 0:
+            raise ValueError(f"{name} has the label {label}, wanted a class number (dataset.json)")
+    return {name: listed[rest] for name, rest in below.items()}
 
 
 def _decoded(images, size):
@@ -654,14 +564,20 @@ def _decoded(images, size):
 
 
 def _decode(name, read, size):
-    """One image: uint8 [3, H, W]."""
+    """One image, turned as its camera was held, on white where it is transparent: uint8 [3, H, W]."""
     try:
-        image = Image.open(io.BytesIO(read()))
-        if image.mode.startswith("I"):                          # 16 bits a pixel
-            image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(read())))
+        if image.mode.startswith("I;16"):
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        elif image.mode in ("I", "F"):
+            raise ValueError(f"pixels of mode {image.mode} have no known range, give 8 or 16 bits")
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return _resize(image.convert("RGB"), size)
     except Exception as error:
-        raise ValueError(f"{name}: {error}") from None
+        why = "cannot identify image file" if isinstance(error, UnidentifiedImageError) else error
+        raise ValueError(f"{name}: {why}") from None
 
 
 def _resize(image, size):
@@ -674,76 +590,63 @@ def _resize(image, size):
 
 
 def _resized(x, size):
-    """The same for an array uint8 [N, 3, H, W]."""
+    """`_resize` of an array uint8 [N, 3, H, W]."""
     if size and x.shape[2:] != (size, size):
         x = np.stack([_resize(Image.fromarray(image), size) for image in x.transpose(0, 2, 3, 1)])
     return x
 
 
 # ------------------------------------------------------------------------------------------------------------
-# CIFAR-10's training batches. The python version is a pickle, and a pickle can run code: the unpickler below
-# knows four names, which only record what they are given (numpy's own trust it: forged, they corrupt memory).
-
-class _Recorded:
-    def __init__(self, *args):
-        pass
-
-    def __setstate__(self, state):
-        self.state = state
-
+# CIFAR-10's python batches are pickles, and a pickle can run code. This unpickler knows the four names that
+# numpy arrays of old need, and runs nothing else.
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module, name):
-        """The stand-in for a known name; an exception for any other, so that nothing of a pickle runs."""
+        """What a name in the pickle stands for; ValueError for all names but four."""
         if (module, name) == ("_codecs", "encode"):
             return lambda text, _: text.encode("latin1")
         if module.startswith("numpy") and name in ("_reconstruct", "ndarray", "dtype"):
-            return _Recorded
+            return getattr(np._core.multiarray if name == "_reconstruct" else np, name)
         raise ValueError(f"refused, it wants to run {module}.{name}")
 
 
-def _cifar(batches, size):
-    """Dataset of [(file name, read function)]; a binary batch is a label byte and 3,072 pixels an image."""
-    images, labels = [], []
-    for name, read in batches:
-        if name.endswith(".bin"):
-            rows = np.frombuffer(read(), np.uint8).reshape(-1, 3073)
-            pixels, label, fortran = rows[:, 1:], rows[:, 0], False
-        else:
-            batch = _Unpickler(io.BytesIO(read()), encoding="bytes").load()
-            _, _, _, fortran, raw = batch[b"data"].state        # of a numpy array: version, shape, dtype
-            pixels, label = np.frombuffer(raw, np.uint8).reshape(-1, 3072), batch[b"labels"]
-        _expect(name, pixels, len(pixels) == len(label) and not fortran, f"bytes [{len(label)}, 3072]")
-        images.append(pixels.reshape(-1, 3, 32, 32))
-        labels.append(label)
-    return _dataset(_resized(np.concatenate(images), size), np.concatenate(labels), CIFAR_CLASSES,
-                    [f"CIFAR-10, {len(batches)} of 5 training batches"])
+def _cifar(batches, size, others):
+    """Dataset of the five training batches, a list of read functions."""
+    if len(batches) != 5:
+        raise ValueError(f"{len(batches)} of CIFAR-10's 5 training batches: give the folder that holds each once")
+    parts = [_Unpickler(io.BytesIO(read()), encoding="bytes").load() for read in batches]
+    x = np.concatenate([part[b"data"] for part in parts])
+    if x.dtype != np.uint8:
+        raise ValueError(f"CIFAR-10's data is {x.dtype}, wanted uint8")
+    return _dataset(_resized(x.reshape(-1, 3, 32, 32), size), np.concatenate([part[b"labels"] for part in parts]),
+                    CIFAR_CLASSES, [f"CIFAR-10's 5 training batches, {others} other files left out"])
 
 
 # ------------------------------------------------------------------------------------------------------------
 # An .npz file of images or latents.
 
 def _npz(path, size):
-    """Dataset of its `images` or `latents`, with its `labels`, and `mean` and `std` of latents, if there."""
+    """Dataset of its `images` or `latents`, with `labels` and `class_names`, `mean` and `std`, where there."""
     with np.load(path, allow_pickle=False) as file:
         kind = "latent" if "latents" in file else "image"
         x, labels = file[f"{kind}s"], file["labels"] if "labels" in file else None
+        names = file["class_names"].tolist() if "class_names" in file else None
         moments = np.stack([file["mean"], file["std"]]) if "mean" in file and "std" in file else None
-    right = x.ndim == 4 and x.size and (x.dtype.kind == "f" if kind == "latent" else x.dtype == np.uint8)
-    _expect(f"`{kind}s`", x, right, "uint8 images or float latents [N, C, H, W]")
+    if x.ndim != 4 or not x.size or not (x.dtype.kind == "f" if kind == "latent" else x.dtype == np.uint8):
+        raise ValueError(f"`{kind}s` is {x.dtype} {list(x.shape)}, wanted uint8 images or float latents [N, C, H, W]")
     if kind == "image":
         x = x if x.shape[1] == 3 else x.transpose(0, 3, 1, 2)
-        _expect("`images`", x, x.shape[1] == 3, "three channels")
-        return _dataset(_resized(x, size), labels)
+        if x.shape[1] != 3:
+            raise ValueError(f"`images` is {list(x.shape)}, wanted three channels")
+        return _dataset(_resized(x, size), labels, names)
     if size or not np.isfinite(x).all():
         raise ValueError("--size is for images" if size else "`latents` holds NaN or infinite values")
     x = x.astype(np.float16 if x.dtype.itemsize == 2 else np.float32)
     if moments is None:
-        channels = [x[:, c].astype(np.float64) for c in range(x.shape[1])]
-        moments = np.array([[c.mean() for c in channels], [max(c.std(), 1e-6) for c in channels]])
-    right = moments.shape[1:] == x.shape[1:2] and np.isfinite(moments).all() and moments[1].min() > 0
-    _expect("`mean`, `std`", moments, right, f"finite [2, {x.shape[1]}], std above 0")
-    return _dataset(x, labels, kind=kind, mean=moments[0].tolist(), std=moments[1].tolist())
+        moments = np.stack([x.mean((0, 2, 3), np.float64), x.std((0, 2, 3), np.float64).clip(1e-6)])
+    if moments.shape[1:] != x.shape[1:2] or not np.isfinite(moments).all() or moments[1].min() <= 0:
+        raise ValueError(f"`mean`, `std` are {list(moments.shape)}, wanted finite [2, {x.shape[1]}], std above 0")
+    return _dataset(x, labels, names, kind=kind, mean=moments[0].tolist(), std=moments[1].tolist())
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -760,38 +663,34 @@ def long_tail(labels, ratio, seed=0):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Coreset pruning: a score within each class, and the best fraction of each class is kept.
+# Coreset pruning: priorities within each class, and the best fraction of each class is kept.
 #   gaussian    log-density under the class's Gaussian (instance selection, https://arxiv.org/abs/2007.15255)
 #   knn         minus the distance to the k-th nearest neighbour of the class
 #   moderate    closeness of the distance from the class's median feature to the median of these distances
 #   random      a random number
 
-PRUNE_SCORES = ("gaussian", "knn", "moderate", "random")
+PRUNING = ("gaussian", "knn", "moderate", "random")
 
 
-def prune(features, labels, keep, score="gaussian", k=5, seed=0):
-    """Sorted kept indices (LongTensor) of features [N, d] with labels [N] (None: one class). `keep` in (0, 1]
-    is the fraction that is kept of each class, at least one example."""
-    return prune_by(prune_scores(features, labels, score, k, seed), labels, keep)
-
-
-def prune_by(scores, labels, keep):
-    """As `prune`, for scores [N] at hand; equal scores are kept in the order of their indices."""
-    kept = [members[torch.sort(scores[members], descending=True, stable=True).indices]
-            [:max(1, round(keep * len(members)))] for members in of_classes(labels, len(scores))]
+def prune(priority, labels, keep):
+    """Sorted kept indices (LongTensor) by priority [N] and labels [N] (None: one class). `keep` in (0, 1] is the
+    fraction that is kept of each class, at least one example; of equals the first."""
+    kept = [members[torch.sort(priority[members], descending=True, stable=True).indices]
+            [:max(1, round(keep * len(members)))] for members in of_classes(labels, len(priority))]
     return torch.cat(kept).sort().values
 
 
-def prune_scores(features, labels, score="gaussian", k=5, seed=0):
-    """The score of every example, float64 [N], higher = kept first; comparable within a class only."""
-    if score == "random":
+def priorities(features, labels, how="gaussian", k=5, seed=0):
+    """What is kept first: float64 [N], comparable within a class only, of features [N, d] and labels [N] or
+    None. `how` is one of PRUNING; k is for knn, the seed for random."""
+    if how == "random":
         return torch.rand(len(features), generator=stream(seed, 0, "prune"), dtype=torch.float64)
-    function = dict(gaussian=_gaussian, knn=_knn, moderate=_moderate)[score]
-    scores = torch.empty(len(features), dtype=torch.float64)
+    function = dict(gaussian=_gaussian, knn=_knn, moderate=_moderate)[how]
+    priority = torch.empty(len(features), dtype=torch.float64)
     for members in of_classes(labels, len(features)):
-        x = double(features[members])
-        scores[members] = function(x - x.mean(0), k).cpu()
-    return scores
+        x = features[members].double()
+        priority[members] = function(x - x.mean(0), k).cpu()
+    return priority
 
 
 def of_classes(labels, n):
@@ -830,27 +729,13 @@ def neighbour_distance(x, k, block=2048):
 # ------------------------------------------------------------------------------------------------------------
 # Features that need no network: principal components of the images averaged down to 8x8.
 
-def pixel_features(dataset, dims=64):
-    """float32 [N, min(dims, 64 C)] of a Dataset of images or latents, on the CPU."""
-    x = torch.cat([torch.nn.functional.adaptive_avg_pool2d(dataset.take(index), 8).flatten(1)
-                   for index in torch.arange(len(dataset)).split(1024)])                # [N, 64 C]
+def pixel_features(dataset, index, dims=64):
+    """float32 [n, min(dims, 64 C)], on the CPU, of the examples at `index` [n] of a Dataset."""
+    x = torch.cat([torch.nn.functional.adaptive_avg_pool2d(dataset.take(rows), 8).flatten(1)
+                   for rows in index.split(1024)])                                      # [n, 64 C]
     x = x - x.mean(0)
     axes = torch.linalg.eigh(x.T.double() @ x.double()).eigenvectors.flip(1)[:, :dims]  # largest first
     return x @ axes.float()
-
-
-def load_npy(path, what, n):
-    """The array in a .npy file of numbers: `what` = "kept indices" int64 [M], sorted, of `n` examples, or
-    "features" float32 [n, d]. DataError for anything else."""
-    with reading(path, f"{what} for {n:,} examples (.npy)"):
-        array = np.load(path, allow_pickle=False)
-        if what == "features":
-            right = array.ndim == 2 and len(array) == n and np.isfinite(array).all()
-            _expect("it", array, right, f"finite [{n}, d]")
-            return torch.from_numpy(array.astype(np.float32))
-        right = array.ndim == 1 and array.dtype.kind in "iu" and 0 <= array.min() <= array.max() < n
-        _expect("it", array, right, f"indices below {n}")
-        return torch.from_numpy(array.astype(np.int64)).unique()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -870,18 +755,21 @@ class GroupDRO(torch.nn.Module):
         self.register_buffer("total", torch.zeros(classes))
         self.register_buffer("steps", torch.zeros([]))
 
+    def totals(self, excess, labels):
+        """[2, classes]: the sums of clipped excess losses [B] of examples with labels int64 [B], and counts."""
+        excess = excess.float().clamp(min=0).nan_to_num(nan=0, posinf=0)
+        totals = excess.new_zeros(2, len(self.excess))
+        return totals.index_add(1, labels, torch.stack([excess, torch.ones_like(excess)]))
+
     @torch.no_grad()
-    def update(self, excess, labels):
-        """One step from the excess losses [B] of examples with labels int64 [B]."""
-        excess = excess.to(self.excess.dtype).clamp(min=0).nan_to_num(nan=0, posinf=0)
-        total = torch.zeros_like(self.excess).index_add(0, labels, excess)              # [classes]
-        count = torch.zeros_like(self.excess).index_add(0, labels, torch.ones_like(excess))
+    def update(self, totals):
+        """One step from the `totals` of a batch."""
+        total, count = totals
         self.excess = torch.where(count >= self.min_count, total / count.clamp(min=1), self.excess)
         alpha = torch.softmax(self.log_weights + self.eta * self.excess, 0)
         alpha = (1 - self.smoothing) * alpha + self.smoothing / len(alpha)
         self.log_weights = alpha.log()
-        self.total = self.total + alpha
-        self.steps = self.steps + 1
+        self.total, self.steps = self.total + alpha, self.steps + 1
 
     @property
     def weights(self):
@@ -937,53 +825,15 @@ def panels(pictures, titles, across=True):
     return canvas
 
 
-def coreset_picture(dataset, scores, keep, columns=8):
-    """Pillow image: of each of the first ten classes, a row of best-kept, last-kept, first-dropped images."""
+def coreset_picture(dataset, pool, priority, keep, columns=8):
+    """Pillow image of what `prune` kept of the examples at `pool` [n]: of each of the first ten classes a row of
+    best-kept, last-kept and first-dropped images. priority [n]; `keep` are positions in the pool."""
     parts, names = [[], [], []], dataset.class_names or ["all"]
-    for members in of_classes(dataset.labels, len(dataset))[:10]:
-        ranked = members[torch.sort(scores[members], descending=True, stable=True).indices]
+    labels = None if dataset.labels is None else dataset.labels[pool]
+    for members in of_classes(labels, len(pool))[:10]:
+        ranked = members[torch.sort(priority[members], descending=True, stable=True).indices]
         n = int(torch.isin(members, keep).sum())
         for part, chosen in zip(parts, (ranked[:n], ranked[:n].flip(0), ranked[n:])):
-            part.append(image_grid(dataset.x[chosen[:columns]], columns))
+            part.append(image_grid(dataset.x[pool[chosen[:columns]]], columns))
     return panels([panels(part, names, across=False) for part in parts],
                   ["best kept", "last kept, nearest the border first", "first dropped"])
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Command line: what a data set holds, and pruning without training.
-
-def build_parser():
-    p = parser("Report what a data set holds; prune it to a coreset.", "DATA [flags]")
-    p.add_argument("data", metavar="DATA", help="folder, .zip, .tar, CIFAR-10 or .npz")
-    p.add_argument("--size", type=number(int, "[1, 4096]"), help="center-crop and resize to this many pixels")
-    p.add_argument("--keep", type=number(float, "(0, 1]"), help="fraction kept of each class (else: report)")
-    p.add_argument("--prune", choices=PRUNE_SCORES, default="gaussian", help="score")
-    p.add_argument("--features", default="pixels", help="what the score sees: pixels (principal components "
-                   "at 8x8), or a .npy file [N, d] such as fid.py --save-features writes")
-    p.add_argument("--k", type=number(int, "[1, inf)"), default=5, help="the neighbour that knn looks at")
-    p.add_argument("--out", default="keep.npy", help="kept indices")
-    p.add_argument("--show", help="picture (PNG) of best-kept, last-kept and first-dropped images")
-    p.add_argument("--seed", type=number(int, "[0, inf)"), default=0, help="of --prune random")
-    return p
-
-
-def run(args):
-    """Carry out the command: print the report and, with --keep, write the kept indices and the picture."""
-    dataset = load(args.data, args.size)
-    print("\n".join(dataset.report))
-    if args.keep is None:
-        return
-    pixels = args.features == "pixels"
-    features = pixel_features(dataset) if pixels else load_npy(args.features, "features", len(dataset))
-    scores = prune_scores(features, dataset.labels, args.prune, args.k, args.seed)
-    keep = prune_by(scores, dataset.labels, args.keep)
-    print(f"kept {len(keep):,} of {len(dataset):,}")
-    with writing(args.out) as file:
-        np.save(file, keep.numpy())
-    if args.show:
-        with writing(args.show) as file:
-            coreset_picture(dataset, scores, keep).save(file, format="PNG")
-
-
-if __name__ == "__main__":
-    command(run, build_parser())

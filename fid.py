@@ -1,4 +1,4 @@
-"""Scores of samples: feature networks, Fréchet distance, precision and recall, 2-D metrics; run comparison.
+"""Metrics of samples: feature networks, Fréchet distance, precision and recall, 2-D metrics; run comparison.
 
 Fréchet Inception distance: https://arxiv.org/abs/1706.08500. Improved precision and recall:
 https://arxiv.org/abs/1904.06991. Images are always scored as uint8. Two image sets, or training runs:
@@ -7,13 +7,11 @@ https://arxiv.org/abs/1904.06991. Images are always scored as uint8. Two image s
     python fid.py --compare runs/uniform-s0 runs/uniform-s1 runs/ajest-s0 runs/ajest-s1
 """
 import hashlib
-import html
-import io
-import itertools
 import json
 import os
 import re
 import sys
+from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -181,8 +179,7 @@ class Pixels(torch.nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# A feature network by its name. Files are not trusted: a network has no memory of its own before it takes
-# over the tensors of the file, and these are no larger than the file.
+# A feature network by its name. It has no memory of its own before it takes over the tensors of the file.
 
 def network(name, device="cpu", weights=None):
     """The module of "inception", "own:CKPT" (a file of fid.py --fit) or "pixels" on `device`.
@@ -198,7 +195,7 @@ def network(name, device="cpu", weights=None):
         path = weights or os.environ.get("FID_INCEPTION_WEIGHTS")
         what = "the FID Inception weights (give them by --inception-weights, or use --features own:CKPT)"
         with data.reading(path or WEIGHTS_URL, what):
-            state = (torch.load(path, map_location="cpu", weights_only=True) if path else
+            state = (model.load_checkpoint(path) if path else
                      torch.hub.load_state_dict_from_url(WEIGHTS_URL, map_location="cpu", progress=False,
                                                         check_hash=True, weights_only=True))
             with torch.device("meta"):
@@ -206,16 +203,13 @@ def network(name, device="cpu", weights=None):
             net.load_state_dict(_fold_batch_norms(state), assign=True)
     elif kind == "own":
         with data.reading(path, "a classifier (fid.py --fit)"):
-            content = Path(path).read_bytes()
-            name = f"own:{hashlib.sha256(content).hexdigest()[:12]}"
-            file = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            name = f"own:{hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]}"
+            file = model.load_checkpoint(path)
             with torch.device("meta"):
                 net = Classifier(len(file["class_names"]), file["width"])
             net.load_state_dict(file["model"], assign=True)
-            tensors = file["model"].values()
-            if sum(t.nbytes for t in tensors) > len(content) or not all(
-                    t.dtype in (torch.float32, torch.int64) and t.isfinite().all() for t in tensors):
-                raise ValueError("its tensors are not finite float32, or larger than the file")
+            if not all(t.isfinite().all() for t in file["model"].values()):
+                raise ValueError("its weights are not finite")
     else:
         raise data.DataError(f"--features {name}: give inception, own:CKPT or pixels")
     net.id, net.device = name, torch.device(device)
@@ -231,23 +225,22 @@ def distance_name(id):
 # Fitting a classifier: SGD with Nesterov momentum under a one-cycle learning rate, up for a quarter of the
 # steps, then down to 0. A tenth of the examples is held out.
 
-def fit(path, dataset, epochs=None, width=None, device="cpu", batch=None, seed=0):
+def fit(path, dataset, epochs=None, width=None, device="cpu", seed=0):
     """Train a Classifier, write it to `path` and return its accuracy on the held-out tenth. Raises DataError.
 
     dataset     data.Dataset of labelled images
     epochs      passes over nine tenths of it; None = 15 on CUDA, 3 elsewhere
     width       channels of the first layer; None = 64 on CUDA, 8 elsewhere
-    batch       images a step; None = 512 on CUDA, 128 elsewhere
     seed        of the held-out tenth, the weights and the order
     """
     if dataset.kind != "image" or dataset.classes < 2 or len(dataset) < 20 or min(dataset.shape[1:]) < 8:
         raise data.DataError("--fit needs 20 or more images of two or more classes, of at least 8x8 pixels")
     device = torch.device(device)
-    defaults = (15, 64, 512) if device.type == "cuda" else (3, 8, 128)
-    epochs, width, batch = (value or default for value, default in zip((epochs, width, batch), defaults))
+    defaults = (15, 64, 512) if device.type == "cuda" else (3, 8, 128)             # epochs, width, batch
+    epochs, width, batch = epochs or defaults[0], width or defaults[1], defaults[2]
     torch.manual_seed(seed)
     held_out, index = torch.randperm(len(dataset)).tensor_split([len(dataset) // 10])
-    batch = min(max(batch, 2), len(index))
+    batch = min(batch, len(index))
     per_epoch = len(index) // batch
     steps, dataset = epochs * per_epoch, dataset.to(device)
     generator = data.stream(seed, 0, "augment", device)
@@ -303,33 +296,32 @@ def _augment(images, generator, shift=4):
 # Features of a set of images, computed batch by batch; those of a data set once, then they lie in its cache.
 
 @torch.no_grad()
-def extract(net, x, index=None, batch=128, label=None):
-    """Features float32 [n, d], on the CPU, of x[index] (None = all); x uint8 or float [N, C, H, W], anywhere.
-    The last batch is padded, so that the network sees one shape. A label shows progress. Raises DataError."""
+def extract(net, x, label=None, batch=256):
+    """Features float32 [n, d], on the CPU, of x uint8 or float [N, C, H, W], anywhere. The last batch is padded,
+    so that the network sees one shape. A label shows progress. Raises DataError."""
     if net.id != "pixels" and (x.dtype != torch.uint8 or x.shape[1] != 3 or min(x.shape[2:]) < 8):
         raise data.DataError(f"{net.id} features are of uint8 images [3, H, W], H and W from 8 on, not of "
                              f"{x.dtype} {list(x.shape[1:])}; --features pixels are of latents, too")
-    index = torch.arange(len(x)) if index is None else index
-    n, batch, parts = len(index), min(batch, len(index)), []
-    for rows in F.pad(index, (0, -n % batch)).split(batch):
-        parts.append(net(data.put(x[data.put(rows, x.device)], net.device)).cpu())
-        if label:
-            done = min(len(parts) * batch, n)
-            data.progress(f"{label}: {done:,}/{n:,}", last=done == n)
-    features = torch.cat(parts)[:n]
+    n, batch, parts = len(x), min(batch, len(x)), []
+    with torch.backends.cudnn.flags(torch.backends.cudnn.enabled, allow_tf32=False):    # fp32, as on a CPU
+        for rows in F.pad(torch.arange(n), (0, -n % batch)).split(batch):
+            parts.append(net(data.put(x[data.put(rows, x.device)], net.device)))
+            if label:
+                done = min(len(parts) * batch, n)
+                data.progress(f"{label}: {done:,}/{n:,}", last=done == n)
+    features = torch.cat(parts)[:n].cpu()
     if not features.isfinite().all():
         raise data.DataError(f"the features of {net.id} are not finite for these images")
     return features
 
 
-def data_features(net, dataset, label=None, batch=128):
+def data_features(net, dataset, label=None):
     """`extract` of a whole Dataset, computed once for this content and network, then read from the folder of
     cached data. Raises DataError."""
-    folder = data.cache_folder()
-    path = folder / f"features-{dataset.fingerprint[:16]}-{net.id.replace(':', '-')}.npy"
+    path = data.cache_folder() / f"features-{dataset.fingerprint[:16]}-{net.id.replace(':', '-')}.npy"
     if not path.exists():
-        features = extract(net, dataset.x, batch=batch, label=label)
-        folder.mkdir(parents=True, exist_ok=True)
+        data.output(path)
+        features = extract(net, dataset.x, label)
         with data.writing(path) as file:
             np.save(file, features.numpy())
     with data.reading(path, "features of this program (delete it)"):
@@ -341,9 +333,17 @@ def data_features(net, dataset, label=None, batch=128):
 # eigenvalues of the symmetric R^T S2 R for any R with R R^T = S1, so no general matrix square root is needed:
 # R is the Cholesky factor of S1, or comes from its eigenvectors where S1 has not full rank.
 
+def moments(features):
+    """(mu float64 [d], sigma float64 [d, d]) of features [n, d]. Raises DataError for fewer than two."""
+    if len(features) < 2:
+        raise data.DataError("only one image: a distance needs at least 2 on each side")
+    x = features.double()
+    return x.mean(0), torch.atleast_2d(torch.cov(x.T))
+
+
 def frechet(mu1, sigma1, mu2, sigma2):
     """Fréchet distance of N(mu1 [d], sigma1 [d, d]) and N(mu2, sigma2), arrays or tensors, in float64."""
-    mu1, sigma1, mu2, sigma2 = (data.double(torch.as_tensor(v)) for v in (mu1, sigma1, mu2, sigma2))
+    mu1, sigma1, mu2, sigma2 = (torch.as_tensor(v).double() for v in (mu1, sigma1, mu2, sigma2))
     R, failed = torch.linalg.cholesky_ex(sigma1)
     if failed:
         values, vectors = torch.linalg.eigh(sigma1)
@@ -359,7 +359,7 @@ def frechet(mu1, sigma1, mu2, sigma2):
 
 def precision_recall(real, fake, k=3, block=2048):
     """(precision, recall) of features real [n, d] and fake [m, d], n and m > k, on the features' device."""
-    real, fake = data.double(real), data.double(fake)
+    real, fake = real.double(), fake.double()
     return _share_inside(fake, real, k, block), _share_inside(real, fake, k, block)
 
 
@@ -371,60 +371,37 @@ def _share_inside(points, centres, k, block):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# What is kept of a set's features to score it: their number, mean and covariance, and of at most 10,000 the
-# features themselves, for precision and recall.
+# All metrics of two image sets.
 
-def summary(features):
-    """dict(n, mu float64 [d], sigma float64 [d, d], features float32 [at most 10,000, d], evenly spaced) of
-    features [n, d]. Raises DataError for fewer than two."""
-    n = len(features)
-    if n < 2:
-        raise data.DataError("only one image: a distance needs at least 2 on each side")
-    x, kept = data.double(features), min(n, 10_000)
-    some = features[torch.arange(kept) * n // kept].float()
-    return dict(n=n, mu=x.mean(0), sigma=torch.atleast_2d(torch.cov(x.T)), features=some)
-
-
-def score(real, fake, name, device="cpu"):
-    """The metrics of two summaries: {name: distance, "precision", "recall"}, the last two where both have
-    features of more than 3 samples, computed on `device`. `name`: see `distance_name`. Raises DataError."""
-    if real["mu"].shape != fake["mu"].shape:
-        raise data.DataError(f"{len(real['mu'])} and {len(fake['mu'])} features cannot be compared")
-    metrics = {name: frechet(real["mu"], real["sigma"], fake["mu"], fake["sigma"])}
-    a, b = real["features"], fake["features"]
-    if a is not None and b is not None and min(len(a), len(b)) > 3:
-        metrics["precision"], metrics["recall"] = precision_recall(a.to(device), b.to(device))
+def image_metrics(real, fake, id, device="cpu", real_moments=None):
+    """{distance, "precision", "recall"} of features real [n, d] and fake [m, d] of the network `id`; the last two
+    from at most 10,000 of each, evenly spaced, where there are more than 3. `real_moments` spares a computation.
+    Raises DataError."""
+    metrics = {distance_name(id): frechet(*(real_moments or moments(real)), *moments(fake))}
+    some = [x[torch.arange(min(len(x), 10_000)) * len(x) // min(len(x), 10_000)].to(device) for x in (real, fake)]
+    if min(map(len, some)) > 3:
+        metrics["precision"], metrics["recall"] = precision_recall(*some)
     return metrics
 
 
-def score_line(real, fake, id, device="cpu"):
-    """The metrics of two summaries in one line; warns on stderr where few samples bias the distance."""
-    (name, distance), *rest = score(real, fake, distance_name(id), device).items()
-    counts = []
-    for side, n in ("real", real["n"]), ("fake", fake["n"]):
-        counts.append(f"{n if n >= 0 else 'unknown number of'} {side}")
-        if 0 <= n < BIASED_BELOW:
-            print(f"warning: only {n} {side} images: below {BIASED_BELOW} the distance is biased upwards, "
-                  "compare it only with figures from as many images", file=sys.stderr)
-    digits = f"{distance:.4f}" if distance > 1 else f"{distance:.4g}"
-    words = [f"{name} {digits}"] + [f"{key} {value:.2f}" for key, value in rest]
-    return "  ".join(words + [f"({', '.join(counts)}, features {id})"])
+def warn_of_few(n, side):
+    """One line on stderr where n images bias a Fréchet distance visibly."""
+    if n < BIASED_BELOW:
+        print(f"warning: only {n} {side} images: below {BIASED_BELOW} the distance is biased upwards, compare it "
+              "only with figures from as many images", file=sys.stderr)
 
 
 def statistics(path):
-    """The summary in an .npz of mu and sigma, as pytorch-fid writes it: no features, but the network's `id`.
-    None for an .npz of other things; raises DataError for a damaged one."""
+    """(mu [d], sigma [d, d]) float64 in an .npz, as pytorch-fid writes them of FID Inception's features. None for
+    an .npz of other things; raises DataError for a damaged one."""
     with data.reading(path, "statistics (mu [d], sigma [d, d], finite), nor a data set"):
         with np.load(path, allow_pickle=False) as file:
             if not {"mu", "sigma"} <= set(file.files):
                 return None
             mu, sigma = (torch.from_numpy(file[key].astype(np.float64)) for key in ("mu", "sigma"))
-            n = int(file["n"]) if "n" in file else -1
-            id = str(file["features_id"]) if "features_id" in file else "inception"
-        finite = (mu.norm() + sigma.norm()).float().isfinite()  # squares and products, too
-        if mu.ndim != 1 or len(mu) < 1 or sigma.shape != 2 * mu.shape or not finite:
+        if mu.ndim != 1 or len(mu) < 1 or sigma.shape != 2 * mu.shape or not (mu.norm() + sigma.norm()).isfinite():
             raise ValueError(f"mu is {list(mu.shape)}, sigma {list(sigma.shape)}")
-        return dict(n=n, mu=mu, sigma=sigma, features=None, id=id)
+        return mu, sigma
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -439,7 +416,7 @@ def coverage(points, tree, is_hit=None, cells=101, side=3.0):
     """"Mandala score" of points [n, 2]: on a cells x cells grid of that side around the origin, the number of
     cells with a hit over the number of cells with any point. `is_hit` bool [n] spares the density."""
     is_hit = tree.logp(points) >= HIT_LOGP if is_hit is None else is_hit
-    cell = ((data.double(points) / side + 0.5) * cells).floor().long()                  # [n, 2]
+    cell = ((points.double() / side + 0.5) * cells).floor().long()                  # [n, 2]
     inside = ((cell >= 0) & (cell < cells)).all(1)
     index = cell[:, 0] * cells + cell[:, 1]
     reached, cells_hit = index[inside].unique(), index[inside & is_hit.to(index.device)].unique()
@@ -475,277 +452,169 @@ def score_error(denoiser, tree, n=16384, seed=0, P_mean=-2.3, P_std=1.5):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Comparing runs: an arm is a set of runs that differ in nothing but the seed. A run's curve is one metric of
-# its evaluations over examples or seconds, linear in between, never beyond its ends.
+# Comparing runs: an arm is the set of runs whose folders differ in -sSEED alone. A column is one metric under
+# one weight of guidance, by one feature network, from one number of samples and of Heun steps; a run's curve is
+# linear between its evaluations and ends with them.
 
-COMPARABLE = ("data_fingerprint", "kind", "size", "shape", "channels", "features_id", "eval_samples",
-              "sampling_steps")                 # configuration that must agree between all runs
-SEED_SUFFIX = re.compile(r"-(s|seed)\d+(?=/|$)")
-AXES = {"examples_trained": "examples trained", "training_seconds": "seconds of training"}
-NOT_METRICS = {"kind", "step", "seconds", "select_seconds", "reference_seconds", "training_seconds",
-               "eval_seconds", "compile_seconds", "examples_trained", "examples_seen", "guidance"}
-
-
-class Run:
-    """A run folder: `config`, and `curves[axis, metric, guided]`, arrays x [n] and y [n], by rising x, of the
-    evaluations in its log that have the metric. Raises DataError."""
-
-    def __init__(self, path):
-        self.path, self.curves = path, {}
-        with data.reading(path, "a run folder of train.py"):
-            self.config = dict(json.loads(Path(path, "config.json").read_text()))
-            lines = Path(path, "log.jsonl").read_text().split("\n")[:-1]                # not a torn last line
-            evals = [r for r in map(json.loads, lines) if r["kind"] == "eval"]
-            weights = {r["guidance"] for r in evals}
-            if not weights or len(weights - {1}) > 1:
-                raise ValueError(f"it has {'several guidance weights' if weights else 'no evaluations'}")
-            for r in evals:
-                r["training_seconds"] = r["seconds"] + r.get("reference_seconds", 0)
-            metrics = dict.fromkeys(key for r in evals for key in r if key != "kind")
-            for axis, metric, guided in itertools.product(AXES, metrics, (False, True)):
-                points = sorted((r[axis], r[metric]) for r in evals
-                                if metric in r and (r["guidance"] != 1) == guided)
-                points = np.array(points, np.float64).reshape(-1, 2)
-                points = points[np.isfinite(points).all(1)]
-                if len(points):
-                    self.curves[axis, metric, guided] = points.T
-
-    def at(self, x, axis, metric, guided):
-        """The metric where the axis is x, a number or [n]."""
-        xs, ys = self.curves[axis, metric, guided]
-        assert xs[0] <= np.min(x) and np.max(x) <= xs[-1], "extrapolation"
-        return np.interp(x, xs, ys)
+AXES = {"examples": "examples trained on (other_examples: those of guides and proxies, beside them)",
+        "seconds": "seconds of training, those of guides and proxies included"}
+NOT_METRICS = {"kind", "step", "seconds", "examples_trained", "examples_drawn", "selecting", "snapshot", "guidance",
+               "samples", "sampling_steps", "features", "other_seconds", "other_examples"}
 
 
-def group_runs(paths):
-    """{arm name: [Run]} of run folders; DataError where runs cannot be compared with the first one."""
-    runs = [Run(path) for path in dict.fromkeys(map(os.path.normpath, paths))]
-    by_config, arms = {}, {}
-    for run in runs:
-        for key in COMPARABLE:
-            first, here = runs[0].config.get(key), run.config.get(key)
-            if first != here:
-                raise data.DataError(f"{run.path}, {runs[0].path}: not comparable, {key} {here} and {first}")
-        same = {key: SEED_SUFFIX.sub("", value) if isinstance(value, str) else value
-                for key, value in run.config.items() if key not in ("seed", "out")}     # a guide has a seed
-        by_config.setdefault(json.dumps(same, sort_keys=True), []).append(run)
-    for arm in by_config.values():
-        name = SEED_SUFFIX.sub("", os.path.basename(os.path.abspath(arm[0].path)))
-        while name in arms:
-            name += "'"                         # another configuration under the same name
-        arms[name] = arm
-    return arms
+def read_curves(path):
+    """{column: {axis: x [n], "y": y [n]}} of a run folder's evaluations; a column is a text that names the metric
+    and how it was taken. Raises DataError."""
+    curves = {}
+    with data.reading(path, "a run folder of train.py"):
+        for line in Path(path, "log.jsonl").read_text().splitlines():
+            r = json.loads(line)
+            for name in (r.keys() - NOT_METRICS) | {"other_examples"} if r["kind"] == "eval" else ():
+                guided = f", guided {r['guidance']:g}" if r["guidance"] != 1 else ""
+                column = f"{name}{guided} ({r['features']}, {r['samples']} samples, {r['sampling_steps']} steps)"
+                curve = curves.setdefault(column, {"examples": {}, "seconds": {}})
+                curve["examples"][r["examples_trained"]] = r[name]
+                curve["seconds"][r["seconds"] + r["other_seconds"]] = r[name]
+        if not curves:
+            raise ValueError("it has no evaluations")
+    return curves
 
 
 def compare(paths, out="compare.svg", metric=None):
-    """Compare run folders: draws `metric` (None = the first in the logs) to `out` and returns text, a table
-    at the most examples and one at the most seconds that all runs reach. Raises DataError."""
-    arms = group_runs(paths)
-    runs = sum(arms.values(), [])
-    columns = list(dict.fromkeys(key[1:] for run in runs for key in run.curves if key[1] not in NOT_METRICS))
-    metrics = list(dict(columns))               # a column is (metric, guided)
-    if not metrics or metric and metric not in metrics:
-        raise data.DataError(f"--metric {metric}: the runs have {', '.join(metrics) or 'no metrics'}")
-    tables, missing = [], []
+    """Draw the curves of `metric` (None: the first) of run folders to `out`; -> Markdown tables at the most
+    examples and the most seconds that all of them reach, mean ± std over the runs of an arm. Raises DataError."""
+    arms = {}
+    for path in paths:
+        arms.setdefault(re.sub(r"-s\d+$", "", Path(path).resolve().name), []).append(read_curves(path))
+    every = [curves for runs in arms.values() for curves in runs]
+    columns = sorted(set().union(*every))
+    drawn = [column for column in columns if metric is None or column.split(" (")[0].split(",")[0] == metric]
+    if not drawn:
+        names = dict.fromkeys(column.split(" (")[0] for column in columns)
+        raise data.DataError(f"--metric {metric}: the runs have {', '.join(names)}")
+    tables, lines = [], {axis: {} for axis in AXES}
     for axis, words in AXES.items():
-        ends = [(xs[0], xs[-1], run.path) for run in runs
-                for key, (xs, _) in run.curves.items() if key[0] == axis and key[1] in metrics]
-        (low, _, late), (_, high, early) = max(ends), min(ends, key=lambda end: end[1])
-        if low <= high:
-            tables.append(_table(arms, axis, columns, high))
-        else:
-            missing.append(f"The runs have no {words} in common: {early} ends at {high:,.6g}, {late} begins "
-                           f"at {low:,.6g}; train longer, or evaluate earlier.")
-    if not tables:
-        raise data.DataError(" ".join(missing))
-    metric = metric or metrics[0]
-    _chart([(metric, AXES[axis], _lines(arms, axis, metric)) for axis in reversed(AXES)], out)
-    return "\n\n".join(tables + missing)
-
-
-def _table(arms, axis, columns, x):
-    """Markdown: one row per arm where the axis is x, mean ± std over its runs."""
-    head = [metric + (", guided" if guided else "") for metric, guided in columns]
-    rows = [["arm", "runs", *head, "selection", "ms/step"], ["---"] + ["---:"] * (len(head) + 3)]
-    for name, arm in arms.items():
-        cells = [_mean_std([run.at(x, axis, *key) for run in arm if (axis, *key) in run.curves])
-                 for key in columns]
-        seconds, selecting, steps = (
-            np.array([run.at(x, axis, key, (axis, key, False) not in run.curves) for run in arm])
-            for key in ("seconds", "select_seconds", "step"))
-        share, speed = selecting / np.maximum(seconds, 1e-9), 1000 * seconds / np.maximum(steps, 1)
-        rows.append([name, str(len(arm)), *cells, f"{100 * share.mean():.0f}%", f"{speed.mean():.3g}"])
-    note = " (guide and reference training counted, evaluation not)" if axis == "training_seconds" else ""
-    title = f"At {f'{x:,.1f}'.removesuffix('.0')} {AXES[axis]}{note}, mean ± std over runs:"
-    return "\n".join([title, ""] + [f"| {' | '.join(row)} |" for row in rows])
-
-
-def _mean_std(values):
-    std = f" ± {np.std(values, ddof=1):.2g}" if len(values) > 1 else ""
-    return f"{np.mean(values):.4g}{std}" if values else ""
-
-
-def _lines(arms, axis, metric):
-    """Lines for `_chart`: each arm's mean and standard deviation over its runs, on their common range."""
-    lines = []
-    for color, (name, arm) in enumerate(arms.items()):
-        guides = any((axis, metric, True) in run.curves for run in arm)
-        for key in (axis, metric, True), (axis, metric, False):
-            runs = [run for run in arm if key in run.curves]
-            xs = [run.curves[key][0] for run in runs]
-            if runs and max(x[0] for x in xs) <= min(x[-1] for x in xs):
-                x = np.unique(np.concatenate(xs).clip(max(x[0] for x in xs), min(x[-1] for x in xs)))
-                y = np.stack([run.at(x, *key) for run in runs])                         # [runs, n]
-                std = y.std(0, ddof=1) if len(runs) > 1 else 0 * x
-                suffix = ", guided" if key[2] else ", unguided" if guides else ""
-                lines.append(dict(name=name + suffix, x=x, y=y.mean(0), std=std, color=COLORS[color % 10],
-                                  dashed=guides and not key[2]))
-    return lines
+        x = min(max(curve[axis]) for curves in every for curve in curves.values())
+        rows = [["arm", "runs", *columns], ["---"] * (2 + len(columns))]
+        for arm, runs in arms.items():
+            cells = []
+            for column in columns:
+                points = [np.array(sorted(run[column][axis].items())).T for run in runs if column in run]
+                values = [np.interp(x, *p) for p in points if p[0, 0] <= x <= p[0, -1]]
+                late = f"from {min(p[0, 0] for p in points):,.0f} on" if points else ""
+                cells.append(f"{np.mean(values):.4g} ± {np.std(values, ddof=1):.2g}" if len(values) > 1 else
+                             f"{values[0]:.4g}" if values else late)
+                if column in drawn[:1] and points:
+                    grid = np.unique(np.concatenate([p[0] for p in points]))
+                    grid = grid[(grid >= max(p[0, 0] for p in points)) & (grid <= min(p[0, -1] for p in points))]
+                    lines[axis][arm] = grid, np.mean([np.interp(grid, *p) for p in points], axis=0)
+            rows.append([arm, str(len(runs)), *cells])
+        tables.append(f"At {x:,.0f} {words}:\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows))
+    chart(out, drawn[0], {AXES[axis]: lines[axis] for axis in AXES})
+    return "\n\n".join(tables)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# A chart as SVG text: panels side by side, and below them the lines by name with their last values.
+# A chart as SVG: a panel an axis, polylines, five ticks each, a legend.
 
-COLORS = ("#1f5fa8", "#d1495b", "#2e8b57", "#e08e1b", "#7b4ea3", "#159aa8", "#8c5a3c", "#d35fa5", "#555555",
-          "#9aa51f")
+COLORS = "#1f5fa8 #d1495b #2e8b57 #e08e1b #7b4ea3 #159aa8 #8c5a3c #d35fa5 #555555 #9aa51f".split()
 
 
-def _chart(panels, path, width=620, height=400):
-    """Write panels, tuples (name of y, name of x, lines), to an .svg. A line is a dict(name, x [n], y [n],
-    std [n] (a band around y), color, dashed)."""
-    panels = [panel for panel in panels if panel[2]]
-    legend = {line["name"]: line for *_, lines in panels for line in lines}
-    column = 8 * max(map(len, legend)) + 130
-    columns = max(1, (len(panels) * width - 80) // column)
-    total = height + 24 * -(-len(legend) // columns)
-    svg = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width * len(panels)} {total}" '
-           'font-family="sans-serif" font-size="14">', '<rect width="100%" height="100%" fill="white"/>']
-    for i, panel in enumerate(panels):
-        svg += _panel(*panel, i * width + 80, 44, (i + 1) * width - 45, height - 70)
-    for i, (name, line) in enumerate(legend.items()):
-        x, y = 80 + i % columns * column, height + i // columns * 24
-        label = _text(x + 46, y + 5, f"{name}  {line['y'][-1]:.4g}")
-        svg.append(f'<path d="M{x} {y}h36" {_stroke(line)}/>{label}')
+def chart(path, title, panels, width=560, height=360):
+    """Write `panels`, {name of x: {line: (x [n], y [n])}}, side by side to an .svg."""
+    svg, names = [], list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    for i, (x_name, lines) in enumerate(panels.items()):
+        (x_low, x_high), (y_low, y_high) = [
+            (v.min(), v.max() if v.max() > v.min() else v.min() + 1)
+            for v in (np.concatenate([line[axis] for line in lines.values()]) for axis in (0, 1))]
+        for tick in np.linspace(0, 1, 5):
+            x, y = i * width + 70 + tick * (width - 90), 30 + (1 - tick) * (height - 80)
+            svg += [f'<text x="{x:.0f}" y="{height - 30}" text-anchor="middle">'
+                    f'{x_low + tick * (x_high - x_low):.3g}</text>',
+                    f'<text x="{i * width + 64}" y="{y + 4:.0f}" text-anchor="end">'
+                    f'{y_low + tick * (y_high - y_low):.3g}</text>',
+                    f'<path d="M{i * width + 70} {y:.0f}h{width - 90}" stroke="#ddd"/>']
+        svg.append(f'<text x="{i * width + 70}" y="{height - 10}">{escape(x_name)}</text>')
+        for name, (x, y) in lines.items():
+            x = i * width + 70 + (x - x_low) / (x_high - x_low) * (width - 90)
+            y = 30 + (y_high - y) / (y_high - y_low) * (height - 80)
+            points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y))
+            color = COLORS[names.index(name) % 10]
+            svg.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="2"/>')
+    svg += [f'<text x="{70 + 200 * (i % 5)}" y="{height + 14 + 18 * (i // 5)}" fill="{COLORS[i % 10]}">{escape(name)}'
+            '</text>' for i, name in enumerate(names)]
+    size = f'viewBox="0 0 {width * len(panels)} {height + 30 + 18 * (len(names) // 5)}"'
     with data.writing(path) as file:
-        file.write("\n".join([*svg, "</svg>", ""]).encode())
-
-
-def _panel(y_name, x_name, lines, left, top, right, bottom):
-    """The SVG elements of one panel whose axes span these pixels."""
-    edges = [line["y"] + sign * line["std"] for line in lines for sign in (-1, 1)]
-    x_ticks, y_ticks = _ticks(np.concatenate([line["x"] for line in lines])), _ticks(np.concatenate(edges))
-
-    def across(x):                              # data to pixels
-        return np.interp(x, [x_ticks[0][0], x_ticks[-1][0]], [left, right])
-
-    def up(y):
-        return np.interp(y, [y_ticks[0][0], y_ticks[-1][0]], [bottom, top])
-
-    def points(x, y):
-        return " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(across(x), up(y)))
-    svg = [_text((left + right) / 2, bottom + 46, x_name, "middle"), _text(left, top - 18, y_name)]
-    for x, label in x_ticks:
-        svg += [f'<path d="M{across(x):.1f} {top}V{bottom}" stroke="#e4e4e4"/>',
-                _text(across(x), bottom + 22, label, "middle")]
-    for y, label in y_ticks:
-        svg += [f'<path d="M{left} {up(y):.1f}H{right}" stroke="#e4e4e4"/>',
-                _text(left - 8, up(y) + 5, label, "end")]
-    for line in lines:
-        x, y, std = line["x"], line["y"], line["std"]
-        band = points(np.append(x, x[::-1]), np.append(y - std, (y + std)[::-1]))
-        svg.append(f'<polygon points="{band}" fill="{line["color"]}" fill-opacity="0.12"/>')
-    return svg + [f'<polyline points="{points(line["x"], line["y"])}" {_stroke(line)}/>' for line in lines]
-
-
-def _ticks(values):
-    """[(value, label)]: up to eight round numbers around all values, 1, 2 or 5 times a power of ten apart."""
-    low, high = values.min(), values.max()
-    high = high if high - low > 1e-9 * abs(high) else low + (abs(low) or 1)
-    rough = (high - low) / 6
-    power = 10.0 ** np.floor(np.log10(rough))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9))
-    unit, letter = (1e6, "M") if step >= 1e5 else (1e3, "k") if step >= 1e3 else (1, "")
-    digits = max(0, -int(np.floor(np.log10(step / unit) + 1e-9)))
-    first, last = np.floor(low / step + 1e-9), np.ceil(high / step - 1e-9)
-    return [(i * step, f"{i * step / unit:.{digits}f}{letter}") for i in np.arange(first, last + 1)]
-
-
-def _text(x, y, text, anchor="start"):
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{html.escape(text)}</text>'
-
-
-def _stroke(line):
-    """The attributes of a line's stroke."""
-    dash = ' stroke-width="1.5" stroke-dasharray="6 5"' if line["dashed"] else ' stroke-width="2.5"'
-    return f'fill="none" stroke="{line["color"]}" stroke-linecap="round"{dash}'
+        file.write(f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12">'
+                   f'<rect width="100%" height="100%" fill="white"/><text x="70" y="16">{escape(title)}</text>'
+                   f'{"".join(svg)}</svg>'.encode())
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Command line.
 
 def build_parser():
-    N = data.number
+    """The parser of all flags."""
+    number = data.number
     p = data.parser(__doc__, "REAL FAKE [flags]")
-    p.add_argument("paths", nargs="*", metavar="PATH", help="REAL FAKE, or the DATA of a command below: "
-                   "all that data.py reads, REAL and FAKE also an .npz of statistics (mu, sigma)")
-    g = p.add_argument_group("features")
-    g.add_argument("--features", default="inception", help="inception, own:CKPT or pixels")
-    g.add_argument("--inception-weights", metavar="FILE", help="FID weights (default: the file "
+    p.add_argument("paths", nargs="*", metavar="PATH", help="REAL FAKE, each all that data.py reads or an .npz of "
+                   "statistics (mu, sigma); with --fit one data set, with --compare run folders")
+    p.add_argument("--features", default="inception", help="inception, own:CKPT or pixels")
+    p.add_argument("--inception-weights", metavar="FILE", help="FID weights (default: the file "
                    "$FID_INCEPTION_WEIGHTS, else the one in torch's hub cache, else a download)")
-    g.add_argument("--device", type=data.device, default="cuda" if torch.cuda.is_available() else "cpu",
-                   help="cpu, cuda or mps")
-    g.add_argument("--batch", type=N(int, "[1, 65536]"), help="images a pass (default: 128; --fit: CUDA 512)")
-    g.add_argument("--size", type=N(int, "[8, 4096]"), help="center-crop and resize to this many pixels")
+    p.add_argument("--size", type=number(int, "[8, 4096]"), help="center-crop and resize to this many pixels")
+    p.add_argument("--device", type=data.device, default="cuda" if torch.cuda.is_available() else "cpu",
+                   help="cpu or cuda")
     g = p.add_argument_group("other commands").add_mutually_exclusive_group()
-    g.add_argument("--save-stats", metavar="FILE.npz", help="write the statistics of REAL")
-    g.add_argument("--save-features", metavar="FILE.npy", help="write DATA's features [N, d]")
-    g.add_argument("--noise-floor", action="store_true", help="score the even against the odd images of DATA")
-    g.add_argument("--fit", metavar="CKPT", help="fit a small classifier to labelled DATA")
-    g.add_argument("--compare", nargs="+", metavar="RUN", help="run folders; seeds of one arm are averaged")
+    g.add_argument("--fit", metavar="CKPT", help="fit a small classifier to labelled data")
+    g.add_argument("--compare", action="store_true", help="compare run folders; seeds of one arm are averaged")
     g = p.add_argument_group("with --fit")
-    g.add_argument("--epochs", type=N(int, "[1, 10000]"), help="passes over DATA (default: CUDA 15, else 3)")
-    g.add_argument("--width", type=N(int, "[1, 512]"), help="channels of the first layer, an eighth of the "
+    g.add_argument("--epochs", type=number(int, "[1, 10000]"), help="passes over the data (default: CUDA 15, else 3)")
+    g.add_argument("--width", type=number(int, "[1, 512]"), help="channels of the first layer, an eighth of the "
                    "features (default: CUDA 64, else 8)")
-    g.add_argument("--seed", type=N(int, "[0, inf)"), default=0, help="of the weights and the held-out tenth")
+    g.add_argument("--seed", type=number(int, "[0, 1e15]"), default=0, help="of the weights and the held-out tenth")
     g = p.add_argument_group("with --compare")
-    g.add_argument("--metric", help="metric to draw (default: the first in the log)")
+    g.add_argument("--metric", help="metric to draw (default: the first)")
     g.add_argument("--out", default="compare.svg", metavar="FILE.svg", help="the chart")
     return p
 
 
-def run(args):
-    """Carry out the command. All data sets are loaded before a feature network is."""
-    alone = args.fit or args.save_features or args.noise_floor
-    wanted = [0] if args.compare else [1] if alone else [1, 2] if args.save_stats else [2]
-    if len(args.paths) not in wanted:
-        raise data.DataError(f"{len(args.paths)} paths given: two (REAL FAKE) are scored, one goes with "
-                             "--fit, --noise-floor, --save-stats, --save-features, none with --compare")
+def run(argv=None):
+    """Carry out the command."""
+    args = build_parser().parse_args(argv)
+    if len(args.paths) < 1 if args.compare else len(args.paths) != (1 if args.fit else 2):
+        raise data.DataError(f"{len(args.paths)} paths given: REAL and FAKE are scored; --fit takes one data set, "
+                             "--compare one or more run folders")
     if args.compare:
-        return print(compare(args.compare, args.out, args.metric))
-    stored = [None if alone or not path.endswith(".npz") else statistics(path) for path in args.paths]
-    sets = [known or data.load(path, args.size) for path, known in zip(args.paths, stored)]
+        data.output(args.out)
+        return print(compare(args.paths, args.out, args.metric))
     if args.fit:
-        accuracy = fit(args.fit, sets[0], args.epochs, args.width, args.device, args.batch, args.seed)
+        data.output(args.fit)
+        accuracy = fit(args.fit, data.load(args.paths[0], args.size), args.epochs, args.width, args.device, args.seed)
         return print(f"{args.fit}: held-out accuracy {accuracy:.4f}, use it with --features own:{args.fit}")
-    net = None if all(stored) else network(args.features, args.device, args.inception_weights)
-    id, *others = {known["id"] for known in stored if known} | ({net.id} if net else set())
-    if others:
-        raise data.DataError(f"these features cannot be compared: {', '.join([id, *others])}")
-    features = [None if known else data_features(net, dataset, path, args.batch or 128)
-                for path, known, dataset in zip(args.paths, stored, sets)]
-    if args.save_features:
-        with data.writing(args.save_features) as file:
-            return np.save(file, features[0].numpy())
-    if args.noise_floor:
-        halves = [summary(features[0][i::2]) for i in (0, 1)]
-        return print("noise floor: " + score_line(*halves, id, args.device))
-    summaries = [known or summary(f) for known, f in zip(stored, features)]
-    if args.save_stats:
-        with data.writing(args.save_stats) as file:
-            np.savez(file, features_id=id, **{key: summaries[0][key] for key in ("n", "mu", "sigma")})
-    if len(summaries) == 2:
-        print(score_line(*summaries, id, args.device))
+    known = [statistics(path) if path.endswith(".npz") else None for path in args.paths]
+    sets = [None if k else data.load(path, args.size) for path, k in zip(args.paths, known)]
+    if all(sets) and sets[0].shape != sets[1].shape:
+        raise data.DataError(f"{args.paths[0]} is {list(sets[0].shape)}, {args.paths[1]} {list(sets[1].shape)}: "
+                             "give --size")
+    if any(known) and args.features != "inception":
+        raise data.DataError(f"statistics (mu, sigma) are of Inception's features, not of --features {args.features}")
+    net = network(args.features, args.device, args.inception_weights) if any(sets) else None
+    features = [dataset and data_features(net, dataset, path) for path, dataset in zip(args.paths, sets)]
+    for side, dataset in zip(("real", "fake"), sets):
+        if dataset:
+            warn_of_few(len(dataset), side)
+    if any(known):
+        both = [k or moments(f) for k, f in zip(known, features)]
+        if both[0][0].shape != both[1][0].shape:
+            raise data.DataError(f"{len(both[0][0])} and {len(both[1][0])} features cannot be compared")
+        metrics = {"FID": frechet(*both[0], *both[1])}
+    else:
+        metrics = image_metrics(*features, net.id, args.device)
+    counts = ", ".join(f"{len(s) if s else 'unknown number of'} {side}" for s, side in zip(sets, ("real", "fake")))
+    print("  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+          + f"  ({counts}, features {net.id if net else 'inception'})")
 
 
 if __name__ == "__main__":
-    data.command(run, build_parser())
+    data.command(run)

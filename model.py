@@ -48,7 +48,11 @@ def resample(x, mode):
     """Halve (2x2 mean) or double (nearest) the resolution, or keep it."""
     if mode == "down":
         return F.avg_pool2d(x, 2)
-    return F.interpolate(x, scale_factor=2, mode="nearest") if mode == "up" else x
+    if mode == "up":                                            # in channels_last one copy, its gradient a sum
+        n, c, h, w = x.shape
+        x = x.permute(0, 2, 3, 1)[:, :, None, :, None].expand(n, h, 2, w, 2, c)
+        return x.reshape(n, 2 * h, 2 * w, c).permute(0, 3, 1, 2)
+    return x
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -91,6 +95,12 @@ def project(weights):
         torch._foreach_div_(weights, scales)
 
 
+@torch.no_grad()
+def make_finite(gradients):
+    """What is not finite in a list of gradients becomes 0, in place."""
+    torch._foreach_copy_(gradients, [g.nan_to_num(0, 0, 0) for g in gradients])
+
+
 def projected_weights(module):
     """The weights that `project` applies to: those of all magnitude-preserving layers in `module`."""
     return [m.weight for m in module.modules() if isinstance(m, MPLayer)]
@@ -130,19 +140,20 @@ class Block(torch.nn.Module):
         x = mp_sum(x, y, 0.3)
         if self.heads:
             x = mp_sum(x, self.attend(x), 0.3)
-        return x.clamp(-256, 256)
+        return x + (x.clamp(-256, 256) - x).detach()            # straight through: no mask is kept
 
     def attend(self, x):
+        """Cosine attention over the pixels of x [N, C, H, W]: unit-rms q, k make it cosine times sqrt(d)."""
         n, c, h, w = x.shape
-        qkv = self.qkv(x).reshape(n, self.heads, 3, c // self.heads, h * w)
-        q, k, v = normalize(qkv, dim=3).transpose(-1, -2).unbind(2)  # [batch, heads, pixels, c / heads]
-        y = F.scaled_dot_product_attention(q, k, v)  # unit-rms q, k: cosine similarity times sqrt(c / heads)
-        return self.proj(y.transpose(-1, -2).reshape(n, c, h, w))
+        qkv = self.qkv(x).permute(0, 2, 3, 1).reshape(n, h * w, self.heads, 3, c // self.heads)
+        q, k, v = (part.transpose(1, 2) for part in normalize(qkv, dim=4).unbind(3))    # [n, heads, h w, d]
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)                     # [n, h w, heads, d]
+        return self.proj(y.reshape(n, h, w, c).permute(0, 3, 1, 2))
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The raw network F of EDM2 configuration G: four levels of 1, 2, 3, 4 times `channels`, three blocks a level
-# (four in the decoder), attention at 16x16 and 8x8 (also below 64 channels, where EDM2 has none).
+# The raw network F of EDM2 configuration G: four levels of 1, 2, 3, 4 times `channels`, three `blocks` a level
+# (and one more in the decoder), attention at 16x16 and 8x8 (also below 64 channels, where EDM2 has none).
 
 class UNet(torch.nn.Module):
     """F(x, noise_label, class_labels): ([N, C, H, W], [N], int64 [N] or None) -> [N, C, H, W].
@@ -252,8 +263,8 @@ class Denoiser(torch.nn.Module):
         super().__init__()
         self.net, self.config = net, config
         self.kind, self.shape, self.classes = config["kind"], tuple(config["shape"]), config["classes"]
-        self.sigma_data = config["sigma_data"]
-        if config["net"] == "unet":
+        self.class_names, self.sigma_data = config["class_names"], config["sigma_data"]
+        if self.kind != "tree":
             self.u_fourier, self.u_out = MPFourier(128), MPLayer(128, 1)
 
     def forward(self, x, sigma, labels=None):
@@ -277,13 +288,13 @@ class Denoiser(torch.nn.Module):
 
 
 def build(config):
-    """A Denoiser from its plain configuration: net, kind, shape, channels, classes, dropout, sigma_data."""
-    if config["net"] == "mlp":
-        net = MLP(config["channels"])
-    else:
-        in_channels, resolution, _ = config["shape"]
-        net = UNet(resolution, in_channels, config["channels"], config["classes"], config["dropout"])
-    return Denoiser(net, config)
+    """A Denoiser from its plain configuration: kind, shape, channels, blocks, classes, class_names, dropout,
+    sigma_data. A `kind` of "tree" has the MLP, images and latents the UNet."""
+    if config["kind"] == "tree":
+        return Denoiser(MLP(config["channels"]), config)
+    in_channels, resolution, _ = config["shape"]
+    return Denoiser(UNet(resolution, in_channels, config["channels"], config["classes"], config["dropout"],
+                         config["blocks"]), config)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -302,10 +313,9 @@ def accelerate(function, device, bf16=False, compiled=False):
     return run
 
 
-def able(device, bf16=None, compiled=None):
-    """(bf16, compiled) as wanted (None: on CUDA), less what this machine cannot do, which one line says."""
+def able(device, bf16, compiled):
+    """(bf16, compiled) as wanted, less what this machine cannot do, which one line says."""
     cuda = torch.device(device).type == "cuda"
-    bf16, compiled = (cuda if wanted is None else wanted for wanted in (bf16, compiled))
     torch.backends.cudnn.benchmark = True                       # all shapes are fixed
     if bf16 and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
         print("this GPU has no bf16: fp32 is used", file=sys.stderr)
@@ -359,17 +369,28 @@ class PowerEMA:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# A trained denoiser out of a checkpoint: a dictionary of tensors and plain data, read with weights_only=True.
+# Checkpoints: dictionaries of tensors and plain data, read with weights_only=True, so that nothing in one runs.
 
 def checkpoint_of(path):
     """`path`, or the checkpoint in it where it is a run folder."""
     return os.path.join(path, "checkpoint.pt") if os.path.isdir(path) else path
 
 
+def load_checkpoint(path, device="cpu"):
+    """The dictionary in a checkpoint file or run folder. ValueError where its tensors claim more bytes than the
+    file has (a view of one number may have any size); any other exception means that it is none, too."""
+    path = checkpoint_of(path)
+    checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=True)
+    leaves = torch.utils._pytree.tree_leaves(checkpoint)
+    if sum(leaf.nbytes for leaf in leaves if torch.is_tensor(leaf)) > os.path.getsize(path):
+        raise ValueError("its tensors are larger than the file")
+    return checkpoint
+
+
 def load_denoiser(path, ema=None, device="cpu"):
     """The denoiser at `path`, a checkpoint file or a run folder, ready for sampling or as a reference.
     `ema`: an EMA length in it, None = the first, 0 = raw weights. Any exception means that it is none."""
-    checkpoint = torch.load(checkpoint_of(path), map_location=device, weights_only=True)
+    checkpoint = load_checkpoint(path, device)
     averages = checkpoint["ema"]
     length = next(iter(averages)) if ema is None else str(float(ema))
     if ema != 0 and length not in averages:

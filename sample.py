@@ -1,10 +1,10 @@
 """Sample a trained model, with autoguidance (arXiv 2406.02507): checkpoint in, images, latents or points out.
 
-    python sample.py runs/tree-ajest --n 10000 --guidance 3 --out points.npz
+    python sample.py runs/tree-ajest --n 10000 --out points.npz
 
-The checkpoint alone rebuilds the model. Sample i depends on seed + i alone, not on the number or the batch.
+The checkpoint alone rebuilds the model; without flags it is sampled as its run was evaluated, with the run's
+guide, weight and Heun steps. Sample i depends on seed + i alone, not on the number or the batch.
 """
-import argparse
 import os
 from pathlib import Path
 
@@ -17,96 +17,80 @@ import guide
 import model
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The command line.
-
 def build_parser():
+    """The parser of all flags."""
     parser = data.parser(__doc__, "RUN_OR_CHECKPOINT --out OUT [flags]")
     count, amount = data.number(int, "[1, inf)"), data.number(float, "[0, inf)")
-    on_off = argparse.BooleanOptionalAction
-    parser.add_argument("checkpoint", metavar="RUN_OR_CHECKPOINT", help="run folder or checkpoint file")
-    parser.add_argument("--n", type=count, default=64, help="number of samples")
-    parser.add_argument("--out", required=True, help="grid.png, samples.npz, or a folder/ of PNG files")
-    parser.add_argument("--seed", type=data.number(int, "[0, 1e15]"), default=0,
-                        help="sample i is drawn from seed + i")
-    parser.add_argument("--class", dest="label", help="class name or number; none = all in turn")
-    parser.add_argument("--ema", type=amount, help="EMA length (0 = raw weights); none = the first")
-    parser.add_argument("--batch", type=count, default=64, help="samples at a time")
-    g = parser.add_argument_group("guidance")
-    g.add_argument("--guidance", type=amount, help="weight (1 = off); none = as trained")
-    g.add_argument("--guide", help="checkpoint; none = the run's own guide")
-    g.add_argument("--interval", type=amount, nargs=2, default=[0.0, float("inf")],
-                   metavar=("LO", "HI"), help="guide only at LO <= sigma <= HI")
-    g = parser.add_argument_group("sampler (EDM, arXiv 2206.00364, algorithms 1 and 2)")
-    g.add_argument("--steps", type=count, default=32, help="Heun steps")
-    g.add_argument("--sigma-max", type=data.number(float, "(0.002, inf)"),
-                   help="first noise level; none = as trained")
-    g.add_argument("--S-churn", type=amount, default=0.0, help="stochasticity (0 = off)")
-    g = parser.add_argument_group("machine")
-    g.add_argument("--device", type=data.device, default="cuda" if torch.cuda.is_available() else "cpu",
-                   help="cpu, cuda, cuda:1 or mps")
-    g.add_argument("--bf16", action=on_off, help="bf16 autocast; none = on CUDA")
-    g.add_argument("--compile", action=on_off, help="torch.compile; none = on CUDA")
+    add = parser.add_argument
+    add("checkpoint", metavar="RUN_OR_CHECKPOINT", help="run folder or checkpoint file")
+    add("--n", type=count, default=64, help="number of samples")
+    add("--out", required=True, help="grid.png, samples.npz, or a folder/ of PNG files")
+    add("--seed", type=data.number(int, "[0, 1e15]"), default=0, help="sample i is drawn from seed + i")
+    add("--class", dest="class_name", metavar="NAME", help="a class by its name; none = all in turn")
+    add("--ema", type=amount, help="EMA length (0 = raw weights); none = the first")
+    add("--batch", type=count, default=64, help="samples at a time")
+    add("--guidance", type=amount, help="weight (1 = off); none = as evaluated")
+    add("--guide", help="checkpoint; none = the run's own guide")
+    add("--interval", type=amount, nargs=2, default=[0.0, float("inf")], metavar=("LO", "HI"),
+        help="guide only at LO <= sigma <= HI")
+    add("--steps", type=count, help="Heun steps; none = as evaluated")
+    add("--sigma-max", type=data.number(float, "(0.002, inf)"), help="first noise level; none = as evaluated")
+    add("--S-churn", type=amount, default=0.0, help="stochasticity (0 = off; EDM, algorithm 2)")
+    add("--device", type=data.device, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     return parser
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The denoiser that is sampled: the main model, guided where a guide is at hand.
+# The denoiser that is sampled: the main model, guided where its run was evaluated so, or as the flags say.
 
 def load(args):
     """-> (the denoiser for `guide.heun`, the main model's configuration)."""
-    how = args.device, *model.able(args.device, args.bf16, args.compile)
     path = model.checkpoint_of(args.checkpoint)
     with data.reading(path, "a denoiser of this program"):
         main = model.load_denoiser(path, args.ema, args.device)
-    run = Path(path).parent
-    own = [p for p in (run / "guide" / "checkpoint.pt", run / "guide.pt", run / "reference" / "checkpoint.pt")
-           if p.exists()]
-    other = model.checkpoint_of(args.guide or own[0]) if args.guide or own else None
-    w = args.guidance if args.guidance is not None else main.config["guidance"] if other else 1.0
-    if w != 1 and other is None:
-        raise data.DataError(f"--guidance {w:g} needs --guide: there is none in {run}")
+    config = main.config
+    own = config["guide"] and Path(path).parent / config["guide"]
+    weak_path = model.checkpoint_of(args.guide or own or "")
+    w = config["guidance"] if args.guidance is None else args.guidance
     if w == 1:
-        return guide.autoguided(model.accelerate(main, *how)), main.config
-    with data.reading(other, "a guide for this model"):
-        weak = model.load_denoiser(other, device=args.device)
-        pair = (model.accelerate(denoiser, *how) for denoiser in (main, weak))
-        return guide.autoguided(*pair, w, args.interval), main.config
+        return guide.autoguided(main), config
+    if not os.path.exists(weak_path):
+        raise data.DataError(f"guidance {w:g} needs the guide {weak_path or '(this run has none)'}: give --guide, or "
+                             "--guidance 1")
+    with data.reading(weak_path, "a guide for this model"):
+        return guide.autoguided(main, model.load_denoiser(weak_path, device=args.device), w, args.interval), config
 
 
 def labels_of(args, config):
     """int64 [n] or None: one class, or all in turn. Labels of mirrored images are not sampled."""
     names = config["class_names"]
-    if args.label is None:
+    if args.class_name is None:
         return torch.arange(args.n) % max(len(names), 1) if config["classes"] else None
-    if args.label in names:
-        return torch.full((args.n,), names.index(args.label))
-    if args.label.isdecimal() and int(args.label) < len(names):
-        return torch.full((args.n,), int(args.label))
-    raise data.DataError(f"--class {args.label}: not a class of this model, which has "
-                         + (", ".join(names[:12]) + ", ..." * (len(names) > 12) if names else "none"))
+    if args.class_name not in names:
+        raise data.DataError(f"--class {args.class_name}: not a class of this model, which has "
+                             + (", ".join(names[:12]) + ", ..." * (len(names) > 12) if names else "none"))
+    return torch.full((args.n,), names.index(args.class_name))
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Output: a picture, an archive, or one PNG a sample. Each appears whole or not at all.
 
-def run(args):
+def run(argv=None):
     """Sample and write --out."""
+    args = build_parser().parse_args(argv)
     suffix = os.path.splitext(args.out)[1]
     if suffix not in (".png", ".npz", ""):
         raise data.DataError(f"--out {args.out}: give a .png, an .npz or a folder")
-    low, high = args.interval
-    if low > high:
-        raise data.DataError(f"--interval {low:g} {high:g}: give the lower level first")
+    if args.interval[0] > args.interval[1]:
+        raise data.DataError(f"--interval {args.interval[0]:g} {args.interval[1]:g}: give the lower level first")
     denoiser, config = load(args)
     labels, kind, parts = labels_of(args, config), config["kind"], []
     if not suffix and kind != "image":
         raise data.DataError(f"--out {args.out}: a folder holds images; give an .npz for {kind} samples")
-    if not suffix:
-        os.makedirs(args.out, exist_ok=True)
-    seeds, sigma_max = range(args.seed, args.seed + args.n), args.sigma_max or config["sigma_max"]
-    for x in guide.generate(denoiser, seeds, labels, args.batch, args.device, steps=args.steps,
-                            sigma_max=sigma_max, S_churn=args.S_churn):
+    data.output(args.out if suffix else os.path.join(args.out, "000000.png"))
+    how = dict(steps=args.steps or config["sampling_steps"], sigma_max=args.sigma_max or config["sigma_max"])
+    seeds = range(args.seed, args.seed + args.n)
+    for x in guide.generate(denoiser, seeds, labels, args.batch, args.device, S_churn=args.S_churn, **how):
         parts.append(data.decode(x, config).cpu())
         done = sum(map(len, parts))
         data.progress(f"{done}/{args.n} samples", last=done == args.n)
@@ -118,15 +102,16 @@ def run(args):
         with data.writing(args.out) as file:
             if suffix == ".npz":
                 name = {"image": "images", "latent": "latents", "tree": "points"}[kind]
-                extra = {} if labels is None else {"labels": labels.numpy()}
+                named = labels is not None and config["class_names"]
+                extra = dict(labels=labels.numpy(), class_names=np.array(config["class_names"])) if named else {}
                 np.savez(file, **{name: samples.numpy()}, **extra)
             elif kind == "tree":
                 data.density_picture(samples).save(file, format="PNG")
             else:                                               # a column a class, or a square
-                columns = min(len(config["class_names"]), 20) * (args.label is None) or round(args.n ** 0.5)
+                columns = min(len(config["class_names"]), 20) * (args.class_name is None) or round(args.n ** 0.5)
                 data.image_grid(samples, columns).save(file, format="PNG")
     print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":
-    data.command(run, build_parser())
+    data.command(run)

@@ -579,7 +579,7 @@ def build_parser():
     return p
 
 
-def run(argv=None):
+def main(argv=None):
     """Carry out the command."""
     args = build_parser().parse_args(argv)
     if len(args.paths) < 1 if args.compare else len(args.paths) != (1 if args.fit else 2):
@@ -617,4 +617,4 @@ def run(argv=None):
 
 
 if __name__ == "__main__":
-    data.command(run)
+    data.command(main)

@@ -75,7 +75,7 @@ def labels_of(args, config):
 # ------------------------------------------------------------------------------------------------------------
 # Output: a picture, an archive, or one PNG a sample. Each appears whole or not at all.
 
-def run(argv=None):
+def main(argv=None):
     """Sample and write --out."""
     args = build_parser().parse_args(argv)
     suffix = os.path.splitext(args.out)[1]
@@ -114,4 +114,4 @@ def run(argv=None):
 
 
 if __name__ == "__main__":
-    data.command(run)
+    data.command(main)

@@ -113,7 +113,7 @@ def build_parser():
     add("--sigma-max", type=number(float, "(0.002, inf)"), default=80.0, help="noise level sampling starts at")
     add("--eval-every", type=count, help="steps between evaluations; none = only at the end")
     add("--eval-samples", type=whole, default=10_000, help="samples scored (0 = none)")
-    add("--metrics", default="pixels", help="features that score images: pixels, own:CKPT, inception")
+    add("--metrics", default="pixels", help="features that score images: pixels, own:CKPT, inception, none")
     add = parser.add_argument_group("coreset and class weights (2409.19128)").add_argument
     add("--keep", type=number(float, "(0, 1]"), help="fraction of each class to keep")
     add("--prune", choices=data.PRUNING, default="gaussian", help="what is kept first")
@@ -551,6 +551,8 @@ class Evaluate:
             self.noise = torch.randn(c.eval_samples, 2, generator=data.stream(0, 0, "eval"))
             self.real = fid.exact_endpoints(dataset, self.noise[:4096].to(c.device), c.sampling_steps, c.sigma_max)
             features = "tree"
+        elif c.metrics == "none":
+            features = "none"
         else:
             self.net = fid.network(c.metrics, c.device)
             self.real, features = fid.data_features(self.net, dataset, "features of the data"), self.net.id
@@ -599,6 +601,8 @@ class Evaluate:
         labels = torch.arange(c.eval_samples) % max(c.classes, 1) if c.net_classes else None
         x = torch.cat([data.decode(x, model_config(c)).cpu() for x in guide.generate(
             denoiser, range(c.eval_samples), labels, min(c.batch, c.eval_samples), c.device, **how)])
+        if c.metrics == "none":
+            return x, {}
         fake = fid.extract(self.net, x)
         return x, fid.image_metrics(self.real, fake, self.net.id, c.device, self.moments)
 
@@ -685,7 +689,7 @@ def alone(out):
         os.close(folder)
 
 
-def run(argv=None):
+def main(argv=None):
     """All stages: coreset, guide, class weights, the model and its evaluation."""
     args = build_parser().parse_args(argv)
     join(args.device)
@@ -743,4 +747,4 @@ def run(argv=None):
 
 
 if __name__ == "__main__":
-    data.command(run)
+    data.command(main)

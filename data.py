@@ -1,8 +1,8 @@
-"""Data: the 2-D tree, image and latent data sets, batches that are a function of (seed, step), coreset pruning,
-class weights by distributionally robust optimization, and pictures.
+"""Data: the 2-D tree, image and latent data sets, batches that are a function of (seed, step), coreset
+pruning, class weights by distributionally robust optimization, and pictures.
 
-Pruning then reweighting: https://arxiv.org/abs/2409.19128. The tree: https://arxiv.org/abs/2406.02507. First come
-the helpers for files and flags that every program uses. What a data set holds, without training on it:
+Pruning then reweighting: https://arxiv.org/abs/2409.19128. The tree: https://arxiv.org/abs/2406.02507. First
+come the helpers for files and flags that every program uses. What a data set holds, without training on it:
 
     python -c "import data; print(*data.load('data/cifar10', size=16).report, sep='\\n')"
 """
@@ -213,7 +213,7 @@ class Tree:
     def _evaluate(self, x, sigma):
         """Log-density [n] and its gradient [n, 2] at x [n, 2]. In a branch's own axes the covariance plus
         sigma^2 I is diagonal and shared by its Gaussians, which lie at middle + tau half, tau = -1 ... 1. So
-        an exponent is base + B tau - C tau^2 / 2, with coefficients of the branch; a matrix product gives all."""
+        an exponent is base + B tau - C tau^2 / 2, with a branch's coefficients: one product gives all."""
         axes, lam, middle, half, log_weight = (
             self._p(name, x.dtype) for name in ("axes", "lam", "middle", "half", "log_weight"))
         tau = torch.linspace(-1, 1, 8, dtype=x.dtype, device=x.device)
@@ -228,7 +228,7 @@ class Tree:
             base_B_C = torch.stack([base, (pull * half).sum(0), (slope * half).sum(0)])
             exponent = (powers / math.log(2) @ base_B_C.flatten(1)).view(8, *base.shape)        # [8, n, K]
             most = exponent.amax(0).amax(1, keepdim=True)                               # [n, 1]
-            share = exponent.sub_(most).clamp_(min=-115).exp2_()                        # slow if it underflows
+            share = exponent.sub_(most).clamp_(min=-115).exp2_()                # slow where it underflows
             S0, S1 = (powers[:, :2].T @ share.flatten(1)).view(2, *base.shape)          # sum share, share tau
             total = S0.sum(1, keepdim=True)
             logp.append((most + total.log2()) * math.log(2) - math.log(2 * math.pi))
@@ -328,9 +328,10 @@ def decode(x, config):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Batches by number: batches[step] depends on (seed, step) alone, so that on a CPU uniform batches of b are the
-# beginning of super-batches of B (for multiples of 16). What is small is drawn on the host and copied without
-# waiting, the noise on the device. A mirrored image of class c has label c + classes: flips do not leak.
+# Batches by number: batches[step] depends on (seed, step) alone, and on a CPU a uniform batch of b is the
+# beginning of that step's super-batch of B (for multiples of 16). What is small is drawn on the host and
+# copied without waiting, the noise on the device. A mirrored image of class c has label c + classes, so that
+# flips do not leak.
 
 class Batch(typing.NamedTuple):
     x0: torch.Tensor                            # float32 [n, ...]
@@ -376,7 +377,7 @@ class Batches:
         return self.of(self.pool[drawn], step)
 
     def of(self, index, step):
-        """The Batch of the examples at `index` int64 [n], with mirroring, noise level and noise of this step."""
+        """The Batch of the examples at `index` int64 [n], with flips, noise levels and noise of this step."""
         data, labels, index = self.dataset, None, index[self.rows]
         x0 = data.take(index, self.device)
         if data.labels is not None:
@@ -414,10 +415,10 @@ CIFAR_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".sp
 def load(path, size=None):
     """The images or latents at `path` as a Dataset. Raises DataError, one line, for what cannot be read.
 
-    path    a folder or .zip with one sub-folder a class (or none: unlabelled), the same with EDM's dataset.json
-            on top, the folder cifar-10-batches-py, or an .npz with `images` uint8 [N, 3, H, W] or [N, H, W, 3],
-            or `latents` float [N, C, H, W] (with optional `mean`, `std` [C]), and optional `labels` [N] and
-            `class_names` [K]
+    path    a folder or .zip with one sub-folder a class (or none: unlabelled), the same with EDM's
+            dataset.json on top, the folder cifar-10-batches-py, or an .npz with `images` uint8 [N, 3, H, W]
+            or [N, H, W, 3], or `latents` float [N, C, H, W] (with optional `mean`, `std` [C]), and optional
+            `labels` [N] and `class_names` [K]
     size    center-crop to a square and resize (Lanczos) to this many pixels; None = as they are
     """
     path, cache = Path(path), cache_folder()
@@ -427,7 +428,8 @@ def load(path, size=None):
         key = hashlib.sha256(repr((CACHE_VERSION, str(path.resolve()), size, stamp)).encode()).hexdigest()
         cached = cache / f"{key[:32]}.pt"
         if not cached.exists():
-            found = _npz(path, size) if path.suffix.lower() == ".npz" else _images(_members(path, files), size)
+            is_npz = path.suffix.lower() == ".npz"
+            found = _npz(path, size) if is_npz else _images(_members(path, files), size)
             output(cached)
             with writing(cached) as file:
                 torch.save(vars(found), file)
@@ -449,7 +451,7 @@ def _dataset(x, labels, names=None, report=(), **more):
     if labels is not None:
         labels = np.asarray(labels)
         if labels.shape != (len(x),) or labels.dtype.kind not in "iu" or labels.min() < 0:
-            raise ValueError(f"`labels` is {labels.dtype} {list(labels.shape)}, wanted class numbers [{len(x)}]")
+            raise ValueError(f"`labels` is {labels.dtype} {list(labels.shape)}, wanted numbers [{len(x)}]")
         if names and labels.max() >= len(names):
             raise ValueError(f"label {labels.max()} is none of {len(names)} class names")
         present, labels, counts = np.unique(labels, return_inverse=True, return_counts=True)
@@ -467,15 +469,15 @@ def _dataset(x, labels, names=None, report=(), **more):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Images: one list of names and read functions, be they in a folder or a zip. What is found is read, counted in
-# the report, or an error; only hidden entries are not there.
+# Images: one list of names and read functions, be they in a folder or a zip. What is found is read, counted
+# in the report, or an error; only hidden entries are not there.
 
 def _hidden(part):
     return part.startswith((".", "@")) or part == "__MACOSX"
 
 
 def _walk(path):
-    """All files below a folder but hidden ones; links are followed, and a folder that cannot be read raises."""
+    """All files below a folder but hidden ones; links are followed, a folder that cannot be read raises."""
     def stop(error):
         raise error
     for folder, folders, names in os.walk(path, followlinks=True, onerror=stop):
@@ -503,7 +505,7 @@ def _images(members, size):
         raise ValueError(f"it holds {len(images)} images ({', '.join(IMAGES[:4])} ...) and {len(listings)} "
                          "dataset.json: give a folder with images and one at most")
     top = os.path.commonpath([os.path.dirname(name) for name in images + listings])
-    below = {name: name[len(top):].lstrip("/") for name in images}              # without what all share on top
+    below = {name: name[len(top):].lstrip("/") for name in images}      # without what all share on top
     if listings and os.path.dirname(listings[0]) != top:
         raise ValueError(f"{listings[0]} does not lie on top of all images")
     if listings:
@@ -528,8 +530,8 @@ def _by_folder(below):
                 splits.setdefault("/".join(parts[:depth]), set()).add(part)
     for parent, names in splits.items():
         if len(names) > 1:
-            raise ValueError(f"{', '.join(sorted(names))} {'in ' * bool(parent)}{parent} look like splits of one "
-                             "data set, not like classes: give one of these folders")
+            raise ValueError(f"{', '.join(sorted(names))} {'in ' * bool(parent)}{parent} look like splits, "
+                             "not like classes: give one of these folders")
     if len({bool(parts) for parts in folders.values()}) > 1:
         raise ValueError("images lie both beside and inside of class folders")
     return {name: parts[0] if parts else None for name, parts in folders.items()}
@@ -613,27 +615,29 @@ class _Unpickler(pickle.Unpickler):
 def _cifar(batches, size, others):
     """Dataset of the five training batches, a list of read functions."""
     if len(batches) != 5:
-        raise ValueError(f"{len(batches)} of CIFAR-10's 5 training batches: give the folder that holds each once")
+        raise ValueError(f"{len(batches)} of CIFAR-10's 5 training batches: give a folder with each once")
     parts = [_Unpickler(io.BytesIO(read()), encoding="bytes").load() for read in batches]
     x = np.concatenate([part[b"data"] for part in parts])
     if x.dtype != np.uint8:
         raise ValueError(f"CIFAR-10's data is {x.dtype}, wanted uint8")
-    return _dataset(_resized(x.reshape(-1, 3, 32, 32), size), np.concatenate([part[b"labels"] for part in parts]),
-                    CIFAR_CLASSES, [f"CIFAR-10's 5 training batches, {others} other files left out"])
+    labels = np.concatenate([part[b"labels"] for part in parts])
+    return _dataset(_resized(x.reshape(-1, 3, 32, 32), size), labels, CIFAR_CLASSES,
+                    [f"CIFAR-10's 5 training batches, {others} other files left out"])
 
 
 # ------------------------------------------------------------------------------------------------------------
 # An .npz file of images or latents.
 
 def _npz(path, size):
-    """Dataset of its `images` or `latents`, with `labels` and `class_names`, `mean` and `std`, where there."""
+    """Dataset of its `images` or `latents`, with `labels`, `class_names`, `mean` and `std`, where there."""
     with np.load(path, allow_pickle=False) as file:
         kind = "latent" if "latents" in file else "image"
         x, labels = file[f"{kind}s"], file["labels"] if "labels" in file else None
         names = file["class_names"].tolist() if "class_names" in file else None
         moments = np.stack([file["mean"], file["std"]]) if "mean" in file and "std" in file else None
     if x.ndim != 4 or not x.size or not (x.dtype.kind == "f" if kind == "latent" else x.dtype == np.uint8):
-        raise ValueError(f"`{kind}s` is {x.dtype} {list(x.shape)}, wanted uint8 images or float latents [N, C, H, W]")
+        raise ValueError(f"`{kind}s` is {x.dtype} {list(x.shape)}, "
+                         "wanted uint8 images or float latents [N, C, H, W]")
     if kind == "image":
         x = x if x.shape[1] == 3 else x.transpose(0, 3, 1, 2)
         if x.shape[1] != 3:
@@ -645,7 +649,7 @@ def _npz(path, size):
     if moments is None:
         moments = np.stack([x.mean((0, 2, 3), np.float64), x.std((0, 2, 3), np.float64).clip(1e-6)])
     if moments.shape[1:] != x.shape[1:2] or not np.isfinite(moments).all() or moments[1].min() <= 0:
-        raise ValueError(f"`mean`, `std` are {list(moments.shape)}, wanted finite [2, {x.shape[1]}], std above 0")
+        raise ValueError(f"`mean`, `std` are {list(moments.shape)}, wanted [{x.shape[1]}], std above 0")
     return _dataset(x, labels, names, kind=kind, mean=moments[0].tolist(), std=moments[1].tolist())
 
 
@@ -673,8 +677,8 @@ PRUNING = ("gaussian", "knn", "moderate", "random")
 
 
 def prune(priority, labels, keep):
-    """Sorted kept indices (LongTensor) by priority [N] and labels [N] (None: one class). `keep` in (0, 1] is the
-    fraction that is kept of each class, at least one example; of equals the first."""
+    """Sorted kept indices (LongTensor) by priority [N] and labels [N] (None: one class). `keep` in (0, 1] is
+    the fraction that is kept of each class, at least one example; of equals the first."""
     kept = [members[torch.sort(priority[members], descending=True, stable=True).indices]
             [:max(1, round(keep * len(members)))] for members in of_classes(labels, len(priority))]
     return torch.cat(kept).sort().values
@@ -756,7 +760,7 @@ class GroupDRO(torch.nn.Module):
         self.register_buffer("steps", torch.zeros([]))
 
     def totals(self, excess, labels):
-        """[2, classes]: the sums of clipped excess losses [B] of examples with labels int64 [B], and counts."""
+        """[2, classes]: sums of the clipped excess losses [B] of examples with labels int64 [B]; counts."""
         excess = excess.float().clamp(min=0).nan_to_num(nan=0, posinf=0)
         totals = excess.new_zeros(2, len(self.excess))
         return totals.index_add(1, labels, torch.stack([excess, torch.ones_like(excess)]))
@@ -826,8 +830,8 @@ def panels(pictures, titles, across=True):
 
 
 def coreset_picture(dataset, pool, priority, keep, columns=8):
-    """Pillow image of what `prune` kept of the examples at `pool` [n]: of each of the first ten classes a row of
-    best-kept, last-kept and first-dropped images. priority [n]; `keep` are positions in the pool."""
+    """Pillow image of what `prune` kept of the examples at `pool` [n]: of each of the first ten classes a row
+    of best-kept, last-kept and first-dropped images. priority [n]; `keep` are positions in the pool."""
     parts, names = [[], [], []], dataset.class_names or ["all"]
     labels = None if dataset.labels is None else dataset.labels[pool]
     for members in of_classes(labels, len(pool))[:10]:

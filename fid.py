@@ -25,7 +25,7 @@ import model
 WEIGHTS_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                "pt_inception-2015-12-05-6726825d.pth")            # ends in the first digits of its SHA-256
 HIT_LOGP = -2.12                                # a point of the tree is a hit from this log-density on
-BIASED_BELOW = 2048                             # samples; fewer and the Fréchet distance is visibly too large
+BIASED_BELOW = 2048                             # images; with fewer the Fréchet distance is visibly too large
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -297,8 +297,8 @@ def _augment(images, generator, shift=4):
 
 @torch.no_grad()
 def extract(net, x, label=None, batch=256):
-    """Features float32 [n, d], on the CPU, of x uint8 or float [N, C, H, W], anywhere. The last batch is padded,
-    so that the network sees one shape. A label shows progress. Raises DataError."""
+    """Features float32 [n, d], on the CPU, of x uint8 or float [n, C, H, W], anywhere. The last batch is
+    padded, so that the network sees one shape. A label shows progress. Raises DataError."""
     if net.id != "pixels" and (x.dtype != torch.uint8 or x.shape[1] != 3 or min(x.shape[2:]) < 8):
         raise data.DataError(f"{net.id} features are of uint8 images [3, H, W], H and W from 8 on, not of "
                              f"{x.dtype} {list(x.shape[1:])}; --features pixels are of latents, too")
@@ -374,32 +374,32 @@ def _share_inside(points, centres, k, block):
 # All metrics of two image sets.
 
 def image_metrics(real, fake, id, device="cpu", real_moments=None):
-    """{distance, "precision", "recall"} of features real [n, d] and fake [m, d] of the network `id`; the last two
-    from at most 10,000 of each, evenly spaced, where there are more than 3. `real_moments` spares a computation.
-    Raises DataError."""
+    """{distance, "precision", "recall"} of features real [n, d] and fake [m, d] of the network `id`; the last
+    two from at most 10,000 of each, where there are more than 3. Raises DataError."""
     metrics = {distance_name(id): frechet(*(real_moments or moments(real)), *moments(fake))}
-    some = [x[torch.arange(min(len(x), 10_000)) * len(x) // min(len(x), 10_000)].to(device) for x in (real, fake)]
-    if min(map(len, some)) > 3:
-        metrics["precision"], metrics["recall"] = precision_recall(*some)
+    real, fake = (x[:: -(-len(x) // 10_000)].to(device) for x in (real, fake))
+    if min(len(real), len(fake)) > 3:
+        metrics["precision"], metrics["recall"] = precision_recall(real, fake)
     return metrics
 
 
 def warn_of_few(n, side):
     """One line on stderr where n images bias a Fréchet distance visibly."""
     if n < BIASED_BELOW:
-        print(f"warning: only {n} {side} images: below {BIASED_BELOW} the distance is biased upwards, compare it "
-              "only with figures from as many images", file=sys.stderr)
+        print(f"warning: only {n} {side} images: below {BIASED_BELOW} the distance is biased upwards, "
+              "compare it only with figures from as many images", file=sys.stderr)
 
 
 def statistics(path):
-    """(mu [d], sigma [d, d]) float64 in an .npz, as pytorch-fid writes them of FID Inception's features. None for
-    an .npz of other things; raises DataError for a damaged one."""
+    """(mu [d], sigma [d, d]) float64 in an .npz, as pytorch-fid writes them of FID Inception's features. None
+    for an .npz of other things; raises DataError for a damaged one."""
     with data.reading(path, "statistics (mu [d], sigma [d, d], finite), nor a data set"):
         with np.load(path, allow_pickle=False) as file:
             if not {"mu", "sigma"} <= set(file.files):
                 return None
             mu, sigma = (torch.from_numpy(file[key].astype(np.float64)) for key in ("mu", "sigma"))
-        if mu.ndim != 1 or len(mu) < 1 or sigma.shape != 2 * mu.shape or not (mu.norm() + sigma.norm()).isfinite():
+        finite = (mu.norm() + sigma.norm()).isfinite()
+        if mu.ndim != 1 or len(mu) < 1 or sigma.shape != 2 * mu.shape or not finite:
             raise ValueError(f"mu is {list(mu.shape)}, sigma {list(sigma.shape)}")
         return mu, sigma
 
@@ -453,25 +453,26 @@ def score_error(denoiser, tree, n=16384, seed=0, P_mean=-2.3, P_std=1.5):
 
 # ------------------------------------------------------------------------------------------------------------
 # Comparing runs: an arm is the set of runs whose folders differ in -sSEED alone. A column is one metric under
-# one weight of guidance, by one feature network, from one number of samples and of Heun steps; a run's curve is
-# linear between its evaluations and ends with them.
+# one weight of guidance, by one feature network, from one number of samples and of Heun steps; a run's curve
+# is linear between its evaluations and ends with them.
 
 AXES = {"examples": "examples trained on (other_examples: those of guides and proxies, beside them)",
         "seconds": "seconds of training, those of guides and proxies included"}
-NOT_METRICS = {"kind", "step", "seconds", "examples_trained", "examples_drawn", "selecting", "snapshot", "guidance",
-               "samples", "sampling_steps", "features", "other_seconds", "other_examples"}
+NOT_METRICS = {"kind", "step", "seconds", "examples_trained", "examples_drawn", "selecting", "snapshot",
+               "guidance", "samples", "sampling_steps", "features", "other_seconds", "other_examples"}
 
 
 def read_curves(path):
-    """{column: {axis: x [n], "y": y [n]}} of a run folder's evaluations; a column is a text that names the metric
-    and how it was taken. Raises DataError."""
+    """{column: {axis: {x: y}}} of a run folder's evaluations; a column is a text that names the metric and
+    how it was taken. Raises DataError."""
     curves = {}
     with data.reading(path, "a run folder of train.py"):
         for line in Path(path, "log.jsonl").read_text().splitlines():
             r = json.loads(line)
             for name in (r.keys() - NOT_METRICS) | {"other_examples"} if r["kind"] == "eval" else ():
                 guided = f", guided {r['guidance']:g}" if r["guidance"] != 1 else ""
-                column = f"{name}{guided} ({r['features']}, {r['samples']} samples, {r['sampling_steps']} steps)"
+                how = f"{r['features']}, {r['samples']} samples, {r['sampling_steps']} steps"
+                column = f"{name}{guided} ({how})"
                 curve = curves.setdefault(column, {"examples": {}, "seconds": {}})
                 curve["examples"][r["examples_trained"]] = r[name]
                 curve["seconds"][r["seconds"] + r["other_seconds"]] = r[name]
@@ -481,72 +482,72 @@ def read_curves(path):
 
 
 def compare(paths, out="compare.svg", metric=None):
-    """Draw the curves of `metric` (None: the first) of run folders to `out`; -> Markdown tables at the most
-    examples and the most seconds that all of them reach, mean ± std over the runs of an arm. Raises DataError."""
-    arms = {}
+    """Draw the curves of `metric` (None: the first) of run folders over seconds to `out`; -> Markdown tables
+    at the most examples and the most seconds that all of them reach, mean ± std over an arm's runs. Raises
+    DataError."""
+    arms, tables, lines = {}, [], {}
     for path in paths:
         arms.setdefault(re.sub(r"-s\d+$", "", Path(path).resolve().name), []).append(read_curves(path))
     every = [curves for runs in arms.values() for curves in runs]
     columns = sorted(set().union(*every))
-    drawn = [column for column in columns if metric is None or column.split(" (")[0].split(",")[0] == metric]
-    if not drawn:
-        names = dict.fromkeys(column.split(" (")[0] for column in columns)
-        raise data.DataError(f"--metric {metric}: the runs have {', '.join(names)}")
-    tables, lines = [], {axis: {} for axis in AXES}
+    drawn = next((c for c in columns if metric in (None, c.split(" (")[0])), None)
+    if drawn is None:
+        names = ", ".join(dict.fromkeys(column.split(" (")[0] for column in columns))
+        raise data.DataError(f"--metric {metric}: the runs have {names}")
     for axis, words in AXES.items():
         x = min(max(curve[axis]) for curves in every for curve in curves.values())
         rows = [["arm", "runs", *columns], ["---"] * (2 + len(columns))]
         for arm, runs in arms.items():
-            cells = []
+            rows.append([arm, str(len(runs))])
             for column in columns:
                 points = [np.array(sorted(run[column][axis].items())).T for run in runs if column in run]
-                values = [np.interp(x, *p) for p in points if p[0, 0] <= x <= p[0, -1]]
-                late = f"from {min(p[0, 0] for p in points):,.0f} on" if points else ""
-                cells.append(f"{np.mean(values):.4g} ± {np.std(values, ddof=1):.2g}" if len(values) > 1 else
-                             f"{values[0]:.4g}" if values else late)
-                if column in drawn[:1] and points:
-                    grid = np.unique(np.concatenate([p[0] for p in points]))
-                    grid = grid[(grid >= max(p[0, 0] for p in points)) & (grid <= min(p[0, -1] for p in points))]
-                    lines[axis][arm] = grid, np.mean([np.interp(grid, *p) for p in points], axis=0)
-            rows.append([arm, str(len(runs)), *cells])
+                rows[-1].append(_mean_at(x, points))
+                if column == drawn and points and axis == "seconds":
+                    low, high = max(p[0, 0] for p in points), min(p[0, -1] for p in points)
+                    grid = np.linspace(low, max(low, high), 50)
+                    lines[arm] = grid, np.mean([np.interp(grid, *p) for p in points], axis=0)
         tables.append(f"At {x:,.0f} {words}:\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows))
-    chart(out, drawn[0], {AXES[axis]: lines[axis] for axis in AXES})
+    chart(out, drawn, AXES["seconds"], lines)
     return "\n\n".join(tables)
 
 
+def _mean_at(x, curves):
+    """Mean ± std at x of curves [2, n], linear in between; else from where on there are any."""
+    values = [np.interp(x, *curve) for curve in curves if curve[0, 0] <= x <= curve[0, -1]]
+    if not values:
+        return f"from {min(curve[0, 0] for curve in curves):,.0f} on" if curves else ""
+    spread = f" ± {np.std(values, ddof=1):.2g}" if len(values) > 1 else ""
+    return f"{np.mean(values):.4g}{spread}"
+
+
 # ------------------------------------------------------------------------------------------------------------
-# A chart as SVG: a panel an axis, polylines, five ticks each, a legend.
+# A chart as SVG: polylines, five ticks an axis, a legend.
 
 COLORS = "#1f5fa8 #d1495b #2e8b57 #e08e1b #7b4ea3 #159aa8 #8c5a3c #d35fa5 #555555 #9aa51f".split()
 
 
-def chart(path, title, panels, width=560, height=360):
-    """Write `panels`, {name of x: {line: (x [n], y [n])}}, side by side to an .svg."""
-    svg, names = [], list(dict.fromkeys(name for lines in panels.values() for name in lines))
-    for i, (x_name, lines) in enumerate(panels.items()):
-        (x_low, x_high), (y_low, y_high) = [
-            (v.min(), v.max() if v.max() > v.min() else v.min() + 1)
-            for v in (np.concatenate([line[axis] for line in lines.values()]) for axis in (0, 1))]
-        for tick in np.linspace(0, 1, 5):
-            x, y = i * width + 70 + tick * (width - 90), 30 + (1 - tick) * (height - 80)
-            svg += [f'<text x="{x:.0f}" y="{height - 30}" text-anchor="middle">'
-                    f'{x_low + tick * (x_high - x_low):.3g}</text>',
-                    f'<text x="{i * width + 64}" y="{y + 4:.0f}" text-anchor="end">'
-                    f'{y_low + tick * (y_high - y_low):.3g}</text>',
-                    f'<path d="M{i * width + 70} {y:.0f}h{width - 90}" stroke="#ddd"/>']
-        svg.append(f'<text x="{i * width + 70}" y="{height - 10}">{escape(x_name)}</text>')
-        for name, (x, y) in lines.items():
-            x = i * width + 70 + (x - x_low) / (x_high - x_low) * (width - 90)
-            y = 30 + (y_high - y) / (y_high - y_low) * (height - 80)
-            points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y))
-            color = COLORS[names.index(name) % 10]
-            svg.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="2"/>')
-    svg += [f'<text x="{70 + 200 * (i % 5)}" y="{height + 14 + 18 * (i // 5)}" fill="{COLORS[i % 10]}">{escape(name)}'
-            '</text>' for i, name in enumerate(names)]
-    size = f'viewBox="0 0 {width * len(panels)} {height + 30 + 18 * (len(names) // 5)}"'
+def chart(path, title, x_name, lines, width=860, height=400):
+    """Write `lines`, {name: (x [n], y [n])}, to an .svg."""
+    (x_low, x_high), (y_low, y_high) = (
+        (v.min(), max(v.max(), v.min() + 1e-9)) for v in map(np.concatenate, zip(*lines.values())))
+
+    def place(x, y):                                            # data to pixels
+        return 60 + (x - x_low) / (x_high - x_low) * 560, 340 - (y - y_low) / (y_high - y_low) * 300
+
+    def text(x, y, words, more=""):
+        return f'<text x="{x:.0f}" y="{y:.0f}" {more}>{escape(words)}</text>'
+    svg = [text(60, 20, title), text(60, 390, x_name)]
+    for x, y in zip(np.linspace(x_low, x_high, 5), np.linspace(y_low, y_high, 5)):
+        (right, _), (_, up) = place(x, y_low), place(x_low, y)
+        svg += [text(right, 362, f"{x:.4g}", 'text-anchor="middle"'), text(2, up + 4, f"{y:.3g}"),
+                f'<path d="M60 {up:.0f}h560" stroke="#ddd"/>']
+    for i, (name, (x, y)) in enumerate(lines.items()):
+        points = " ".join(f"{right:.1f},{up:.1f}" for right, up in zip(*place(x, y)))
+        svg += [f'<polyline points="{points}" fill="none" stroke="{COLORS[i % 10]}" stroke-width="2"/>',
+                text(635, 50 + 18 * i, name, f'fill="{COLORS[i % 10]}"')]
     with data.writing(path) as file:
-        file.write(f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12">'
-                   f'<rect width="100%" height="100%" fill="white"/><text x="70" y="16">{escape(title)}</text>'
+        file.write(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {max(height, 60 + 18 * i)}" '
+                   'font-family="sans-serif" font-size="13"><rect width="100%" height="100%" fill="white"/>'
                    f'{"".join(svg)}</svg>'.encode())
 
 
@@ -557,8 +558,8 @@ def build_parser():
     """The parser of all flags."""
     number = data.number
     p = data.parser(__doc__, "REAL FAKE [flags]")
-    p.add_argument("paths", nargs="*", metavar="PATH", help="REAL FAKE, each all that data.py reads or an .npz of "
-                   "statistics (mu, sigma); with --fit one data set, with --compare run folders")
+    p.add_argument("paths", nargs="*", metavar="PATH", help="REAL FAKE, each all that data.py reads or an "
+                   ".npz of statistics (mu, sigma); with --fit one data set, with --compare run folders")
     p.add_argument("--features", default="inception", help="inception, own:CKPT or pixels")
     p.add_argument("--inception-weights", metavar="FILE", help="FID weights (default: the file "
                    "$FID_INCEPTION_WEIGHTS, else the one in torch's hub cache, else a download)")
@@ -567,12 +568,12 @@ def build_parser():
                    help="cpu or cuda")
     g = p.add_argument_group("other commands").add_mutually_exclusive_group()
     g.add_argument("--fit", metavar="CKPT", help="fit a small classifier to labelled data")
-    g.add_argument("--compare", action="store_true", help="compare run folders; seeds of one arm are averaged")
+    g.add_argument("--compare", action="store_true", help="compare run folders; -s0 -s1 ... are one arm")
     g = p.add_argument_group("with --fit")
-    g.add_argument("--epochs", type=number(int, "[1, 10000]"), help="passes over the data (default: CUDA 15, else 3)")
-    g.add_argument("--width", type=number(int, "[1, 512]"), help="channels of the first layer, an eighth of the "
-                   "features (default: CUDA 64, else 8)")
-    g.add_argument("--seed", type=number(int, "[0, 1e15]"), default=0, help="of the weights and the held-out tenth")
+    g.add_argument("--epochs", type=number(int, "[1, 10000]"), help="passes; none = CUDA 15, else 3")
+    g.add_argument("--width", type=number(int, "[1, 512]"),
+                   help="channels of the first layer, an eighth of the features; none = CUDA 64, else 8")
+    g.add_argument("--seed", type=number(int, "[0, 1e15]"), default=0, help="of weights and held-out tenth")
     g = p.add_argument_group("with --compare")
     g.add_argument("--metric", help="metric to draw (default: the first)")
     g.add_argument("--out", default="compare.svg", metavar="FILE.svg", help="the chart")
@@ -583,22 +584,23 @@ def main(argv=None):
     """Carry out the command."""
     args = build_parser().parse_args(argv)
     if len(args.paths) < 1 if args.compare else len(args.paths) != (1 if args.fit else 2):
-        raise data.DataError(f"{len(args.paths)} paths given: REAL and FAKE are scored; --fit takes one data set, "
-                             "--compare one or more run folders")
+        raise data.DataError(f"{len(args.paths)} paths given: REAL and FAKE are scored; --fit takes one data "
+                             "set, --compare one or more run folders")
     if args.compare:
         data.output(args.out)
         return print(compare(args.paths, args.out, args.metric))
     if args.fit:
         data.output(args.fit)
-        accuracy = fit(args.fit, data.load(args.paths[0], args.size), args.epochs, args.width, args.device, args.seed)
+        dataset = data.load(args.paths[0], args.size)
+        accuracy = fit(args.fit, dataset, args.epochs, args.width, args.device, args.seed)
         return print(f"{args.fit}: held-out accuracy {accuracy:.4f}, use it with --features own:{args.fit}")
     known = [statistics(path) if path.endswith(".npz") else None for path in args.paths]
     sets = [None if k else data.load(path, args.size) for path, k in zip(args.paths, known)]
     if all(sets) and sets[0].shape != sets[1].shape:
-        raise data.DataError(f"{args.paths[0]} is {list(sets[0].shape)}, {args.paths[1]} {list(sets[1].shape)}: "
-                             "give --size")
+        raise data.DataError(f"{args.paths[0]} is {list(sets[0].shape)}, {args.paths[1]} "
+                             f"{list(sets[1].shape)}: give --size")
     if any(known) and args.features != "inception":
-        raise data.DataError(f"statistics (mu, sigma) are of Inception's features, not of --features {args.features}")
+        raise data.DataError(f"--features {args.features}: statistics (mu, sigma) are those of inception")
     net = network(args.features, args.device, args.inception_weights) if any(sets) else None
     features = [dataset and data_features(net, dataset, path) for path, dataset in zip(args.paths, sets)]
     for side, dataset in zip(("real", "fake"), sets):
@@ -611,7 +613,8 @@ def main(argv=None):
         metrics = {"FID": frechet(*both[0], *both[1])}
     else:
         metrics = image_metrics(*features, net.id, args.device)
-    counts = ", ".join(f"{len(s) if s else 'unknown number of'} {side}" for s, side in zip(sets, ("real", "fake")))
+    counts = ", ".join(f"{len(dataset) if dataset else 'unknown number of'} {side}"
+                       for side, dataset in zip(("real", "fake"), sets))
     print("  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
           + f"  ({counts}, features {net.id if net else 'inception'})")
 

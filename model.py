@@ -48,7 +48,7 @@ def resample(x, mode):
     """Halve (2x2 mean) or double (nearest) the resolution, or keep it."""
     if mode == "down":
         return F.avg_pool2d(x, 2)
-    if mode == "up":                                            # in channels_last one copy, its gradient a sum
+    if mode == "up":                                            # channels_last: one copy; gradient a sum
         n, c, h, w = x.shape
         x = x.permute(0, 2, 3, 1)[:, :, None, :, None].expand(n, h, 2, w, 2, c)
         return x.reshape(n, 2 * h, 2 * w, c).permute(0, 3, 1, 2)
@@ -152,8 +152,8 @@ class Block(torch.nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The raw network F of EDM2 configuration G: four levels of 1, 2, 3, 4 times `channels`, three `blocks` a level
-# (and one more in the decoder), attention at 16x16 and 8x8 (also below 64 channels, where EDM2 has none).
+# The raw network F of EDM2 configuration G: four levels of 1, 2, 3, 4 times `channels`, three `blocks` a
+# level (and one more in the decoder), attention at 16x16 and 8x8 (below 64 channels, too; EDM2 not).
 
 class UNet(torch.nn.Module):
     """F(x, noise_label, class_labels): ([N, C, H, W], [N], int64 [N] or None) -> [N, C, H, W].
@@ -369,7 +369,7 @@ class PowerEMA:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Checkpoints: dictionaries of tensors and plain data, read with weights_only=True, so that nothing in one runs.
+# Checkpoints: dictionaries of tensors and plain data, read with weights_only=True: nothing in one runs.
 
 def checkpoint_of(path):
     """`path`, or the checkpoint in it where it is a run folder."""
@@ -377,8 +377,8 @@ def checkpoint_of(path):
 
 
 def load_checkpoint(path, device="cpu"):
-    """The dictionary in a checkpoint file or run folder. ValueError where its tensors claim more bytes than the
-    file has (a view of one number may have any size); any other exception means that it is none, too."""
+    """The dictionary in a checkpoint file or run folder. ValueError where its tensors claim more bytes than
+    the file has (a view of one number may have any size); any other exception means that it is none, too."""
     path = checkpoint_of(path)
     checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=True)
     leaves = torch.utils._pytree.tree_leaves(checkpoint)

@@ -36,7 +36,7 @@ def build_parser():
     add("--steps", type=count, help="Heun steps; none = as evaluated")
     add("--sigma-max", type=data.number(float, "(0.002, inf)"), help="first noise level; none = as evaluated")
     add("--S-churn", type=amount, default=0.0, help="stochasticity (0 = off; EDM, algorithm 2)")
-    add("--device", type=data.device, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    add("--device", type=data.device, default="cuda" if torch.cuda.is_available() else "cpu")
     return parser
 
 
@@ -55,10 +55,13 @@ def load(args):
     if w == 1:
         return guide.autoguided(main), config
     if not os.path.exists(weak_path):
-        raise data.DataError(f"guidance {w:g} needs the guide {weak_path or '(this run has none)'}: give --guide, or "
-                             "--guidance 1")
+        raise data.DataError(f"guidance {w:g} needs a guide, and {weak_path or 'the one of this run'} is not "
+                             "there: give --guide, or --guidance 1")
     with data.reading(weak_path, "a guide for this model"):
-        return guide.autoguided(main, model.load_denoiser(weak_path, device=args.device), w, args.interval), config
+        weak = model.load_denoiser(weak_path, device=args.device)
+        if weak.class_names != main.class_names:
+            raise ValueError(f"it has other classes ({', '.join(weak.class_names[:5])})")
+        return guide.autoguided(main, weak, w, args.interval), config
 
 
 def labels_of(args, config):
@@ -82,7 +85,7 @@ def main(argv=None):
     if suffix not in (".png", ".npz", ""):
         raise data.DataError(f"--out {args.out}: give a .png, an .npz or a folder")
     if args.interval[0] > args.interval[1]:
-        raise data.DataError(f"--interval {args.interval[0]:g} {args.interval[1]:g}: give the lower level first")
+        raise data.DataError("--interval: give the lower level first")
     denoiser, config = load(args)
     labels, kind, parts = labels_of(args, config), config["kind"], []
     if not suffix and kind != "image":
@@ -103,12 +106,13 @@ def main(argv=None):
             if suffix == ".npz":
                 name = {"image": "images", "latent": "latents", "tree": "points"}[kind]
                 named = labels is not None and config["class_names"]
-                extra = dict(labels=labels.numpy(), class_names=np.array(config["class_names"])) if named else {}
-                np.savez(file, **{name: samples.numpy()}, **extra)
+                known = dict(labels=labels, class_names=np.array(config["class_names"])) if named else {}
+                np.savez(file, **{name: samples.numpy()}, **known)
             elif kind == "tree":
                 data.density_picture(samples).save(file, format="PNG")
             else:                                               # a column a class, or a square
-                columns = min(len(config["class_names"]), 20) * (args.class_name is None) or round(args.n ** 0.5)
+                columns = min(len(config["class_names"]), 20) * (args.class_name is None)
+                columns = columns or round(args.n ** 0.5)
                 data.image_grid(samples, columns).save(file, format="PNG")
     print(f"wrote {args.out}")
 

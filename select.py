@@ -1,4 +1,4 @@
-"""Which examples a step trains on: uniform batches, or JEST and AJEST, which choose them out of a super-batch.
+"""Which examples a step trains on: uniform batches, or JEST and AJEST, which choose from a super-batch.
 
 JEST: "Data curation via joint example selection further accelerates multimodal learning" (arXiv 2406.17711).
 AJEST is JEST whose reference is the guide of autoguidance (arXiv 2509.15267). In a loop of your own:
@@ -6,7 +6,7 @@ AJEST is JEST whose reference is the guide of autoguidance (arXiv 2509.15267). I
     x0, sigma, noise = draw(5 * k)                              # a super-batch
     with torch.no_grad():                                       # the same sigma and noise for both networks
         scores = loss(learner, x0, sigma, noise) - loss(guide, x0, sigma, noise)        # per example, [5 k]
-    index = jest(scores, k)                                     # the k that the guide does better than the learner
+    index = jest(scores, k)                                     # what the guide does better is chosen more
     x0, sigma, noise = x0[index], sigma[index], noise[index]    # train on these, and with just these
 
 This file has the name of a standard-library module. On interpreters that keep `select` in a shared library,
@@ -41,8 +41,8 @@ def gumbel(n, device, generator=None):
 
 def jest(scores, k, chunks=16, generator=None):
     """Choose k of B examples: scores [B] -> int64 [k], no index twice. The first chunk is uniform; where
-    `chunks` does not divide k, the last one is smaller. B, k and chunks fix every shape, so nothing here waits
-    for the device."""
+    `chunks` does not divide k, the last one is smaller. B, k and chunks fix every shape, so nothing here
+    waits for the device."""
     size, logits, chosen = max(1, k // chunks), scores - scores.amax(), []
     for m in range(0, k, size):                                 # m are chosen so far
         slope = (m + 1) / (2 * m + 1) if m else 0.0
@@ -58,8 +58,8 @@ def jest(scores, k, chunks=16, generator=None):
 # probability 1 - exp(-exp(logit_i - kappa)).
 
 def gumbel_top_k(logits, k, generator=None):
-    """logits [B] -> (indices int64 [k], weights [k]): (weights * f[indices]).mean() estimates f.mean() without
-    bias for any f [B]."""
+    """logits [B] -> (indices int64 [k], weights [k]): (weights * f[indices]).mean() estimates f.mean()
+    without bias for any f [B]."""
     if k >= len(logits):
         return torch.arange(len(logits), device=logits.device), torch.ones_like(logits)
     perturbed, order = (logits + gumbel(len(logits), logits.device, generator)).topk(k + 1)
@@ -68,8 +68,8 @@ def gumbel_top_k(logits, k, generator=None):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# What makes an example worth training on (2406.17711, section 3.1). "gradient-norm" is ours: its softmax draws
-# in proportion to the root of the loss, the norm of the gradient at the network's output up to a constant.
+# What makes an example worth training on (2406.17711, section 3.1). "gradient-norm" is ours: its softmax
+# draws in proportion to the root of the loss, up to a constant the gradient's norm at the network's output.
 
 SCORES = {
     "learnability": lambda learner, reference: learner - reference,

@@ -11,6 +11,7 @@ import contextlib
 import copy
 import datetime
 import fcntl
+import functools
 import importlib.util
 import json
 import math
@@ -61,14 +62,14 @@ def build_parser():
     parser = data.parser(__doc__, "[--data DATA] [flags]")
     number, on_off = data.number, argparse.BooleanOptionalAction
     whole, count = number(int, "[0, inf)"), number(int, "[1, inf)")
-    amount, positive, real = number(float, "[0, inf)"), number(float, "(0, inf)"), number(float, "(-inf, inf)")
+    amount, positive = number(float, "[0, inf)"), number(float, "(0, inf)")
     add = parser.add_argument_group("data").add_argument
     add("--data", help="folder, zip, CIFAR-10 or .npz; none = the 2-D tree")
     add("--out", help="run folder; none = runs/DATA-SELECTOR")
     add("--size", type=number(int, "[8, 4096]"), help="center-crop and resize images to this many pixels")
     add("--flip", action=on_off, help="mirror half of the images, as classes of their own (preset)")
     add("--holdout", type=whole, default=0, help="examples held out for the validation loss (0 = off)")
-    add("--imbalance", type=number(float, "[1, inf)"), help="make classes long-tailed: head over tail, e.g. 100")
+    add("--imbalance", type=number(float, "[1, inf)"), help="make classes long-tailed: head over tail")
     add = parser.add_argument_group("model and optimization").add_argument
     add("--channels", type=count, help="width of the network (preset)")
     add("--blocks", type=count, default=3, help="residual blocks a level of the UNet")
@@ -81,13 +82,13 @@ def build_parser():
     add("--dropout", type=number(float, "[0, 1)"), help="dropout inside the residual blocks (preset)")
     add("--ema", type=number(float, "(0, 0.28)"), nargs="+",
         help="EMA lengths relative to training; the first is evaluated (preset)")
-    add("--P-mean", type=real, help="mean of ln sigma in training (preset)")
+    add("--P-mean", type=number(float, "(-inf, inf)"), help="mean of ln sigma in training (preset)")
     add("--P-std", type=positive, help="standard deviation of ln sigma in training (preset)")
     add("--targets", choices=("sample", "exact"), default="sample",
-        help="what D learns: x0 itself, or the exact denoiser's output, which the tree knows (and defaults to)")
+        help="what D learns: x0 itself, or the exact denoiser's output, which the tree knows (its default)")
     add("--guided-targets", type=number(float, "[1, inf)"), default=1.0, metavar="W",
-        help="move the targets by 1 - 1/W of learner - guide, so that the network itself becomes the autoguided "
-        "denoiser of weight W (1 = off)")
+        help="move the targets by 1 - 1/W of learner - guide, so that the network itself becomes the "
+        "autoguided denoiser of weight W (1 = off)")
     add = parser.add_argument_group("online selection (2509.15267)").add_argument
     add("--selector", choices=("uniform", "jest", "ajest"), default="uniform", help="how batches are made")
     add("--filter", type=number(float, "[0, 1)"), default=0.8, help="share of the super-batch left out")
@@ -102,15 +103,15 @@ def build_parser():
         help="where selection is over: batches of b, or all B of the super-batch")
     add("--reference", help="checkpoint that jest scores against; none = the learner's EMA")
     add = parser.add_argument_group("guide, sampling and evaluation (2406.02507)").add_argument
-    add("--guide", help="checkpoint; train = train one first; snapshot = the learner's own EMA after guide-steps; "
-        "none; default: train where it is needed from the start, else snapshot")
+    add("--guide", help="checkpoint; train = train one first; snapshot = the learner's own EMA after "
+        "guide-steps; none; default: train where it is needed from the start, else snapshot")
     add("--guide-channels", type=count, help="width of a trained guide; none = half (tree: 32)")
     add("--guide-batch", type=count, help="its batch; none = the run's (tree: 4096)")
     add("--guide-steps", type=count,
         help="its steps, or the snapshot's; none = an eighth (tree: 1024, of a snapshot at most 512)")
     add("--guidance", type=amount, help="guidance weight of samples, 1 = off (preset)")
     add("--sampling-steps", type=count, default=32, help="Heun steps")
-    add("--sigma-max", type=number(float, "(0.002, inf)"), default=80.0, help="noise level sampling starts at")
+    add("--sigma-max", type=number(float, "(0.002, inf)"), default=80.0, help="noise level of the first step")
     add("--eval-every", type=count, help="steps between evaluations; none = only at the end")
     add("--eval-samples", type=whole, default=10_000, help="samples scored (0 = none)")
     add("--metrics", default="pixels", help="features that score images: pixels, own:CKPT, inception, none")
@@ -118,12 +119,12 @@ def build_parser():
     add("--keep", type=number(float, "(0, 1]"), help="fraction of each class to keep")
     add("--prune", choices=data.PRUNING, default="gaussian", help="what is kept first")
     add("--prune-features", default="pixels", help="what pruning sees: pixels, own:CKPT, inception")
-    add("--class-weights", help="dro = find them by group DRO against the guide; inverse (of frequency); or the "
-        "class_weights.json of another run")
+    add("--class-weights", help="dro = find them by group DRO against the guide; inverse (of frequency); or "
+        "the class_weights.json of another run")
     add("--eta", type=positive, default=0.01, help="step size of group DRO")
     add = parser.add_argument_group("run").add_argument
-    add("--seed", type=number(int, "[0, 1e15]"), default=0, help="of initialization, data, noise and selection")
-    add("--device", type=data.device, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda:1")
+    add("--seed", type=number(int, "[0, 1e15]"), default=0, help="of weights, data, noise and selection")
+    add("--device", type=data.device, default="cuda" if torch.cuda.is_available() else "cpu")
     add("--bf16", action=on_off, help="bf16 autocast; none = on a GPU, but for the tree")
     add("--compile", action=on_off, help="torch.compile; none = on a GPU")
     add("--log-every", type=count, default=50, help="steps between log lines")
@@ -134,10 +135,10 @@ def build_parser():
 # ------------------------------------------------------------------------------------------------------------
 # The settings of a run: flags, else what the run in that folder began with, else the preset and the data.
 
-MACHINE = {"data", "out", "device", "bf16", "compile", "micro_batch"}           # may differ where a run goes on
+MACHINE = {"data", "out", "device", "bf16", "compile", "micro_batch"}   # may differ where a run goes on
 MAY_CHANGE = MACHINE | {"steps", "log_every", "save_every", "eval_every", "eval_samples", "sampling_steps",
-                        "guidance", "metrics"}
-PATHS = {"guide", "reference", "class_weights", "prune_features"}               # files may have moved
+                        "guidance", "metrics"}                          # also given anew
+PATHS = {"guide", "reference", "class_weights", "prune_features"}       # files may have moved
 WORDS = {None, "train", "snapshot", "none", "dro", "inverse", "pixels", "inception"}
 
 
@@ -166,7 +167,8 @@ def settings(argv=None):
             began = set(vars(args)) - set(old["flags"]) - MACHINE
             parser.set_defaults(**{key: old[key] for key in began & set(old)})
     c = parser.parse_args(argv)
-    c.out, c.flags, c.fingerprint, c.found = str(out), flags, dataset.fingerprint, ", ".join(dataset.report[:2])
+    c.out, c.flags = str(out), flags
+    c.fingerprint, c.found = dataset.fingerprint, ", ".join(dataset.report[:2])
     c.kind, c.shape, c.classes = dataset.kind, list(dataset.shape), dataset.classes
     c.class_names, c.net_classes = list(dataset.class_names), 2 * max(c.classes, 1) if c.flip else c.classes
     c.mean, c.std = (list(getattr(dataset, moment, ())) for moment in ("mean", "std"))
@@ -175,11 +177,11 @@ def settings(argv=None):
         if key in PATHS:
             was, now = (value if value in WORDS else "a file" for value in (was, now))
         if key not in MAY_CHANGE and was != now:
-            raise data.DataError(f"{out} holds a run with --{key.replace('_', '-')} {was}, not {now}: give another "
-                                 "--out, or delete it")
+            raise data.DataError(f"{out} holds a run with --{key.replace('_', '-')} {was}, not {now}: "
+                                 "give another --out, or delete it")
     if old and old["fingerprint"] != c.fingerprint:
-        raise data.DataError(f"{out} holds a run on other data ({old['found']}; now: {c.found}): the data has "
-                             "changed, give another --out")
+        raise data.DataError(f"{out} holds a run on other data ({old['found']}; now: {c.found}): "
+                             "the data has changed, give another --out")
 
     # What follows from them.
     from_the_start = c.selector == "ajest" or c.class_weights == "dro"
@@ -198,7 +200,8 @@ def settings(argv=None):
         (c.guided_targets != 1 and c.guide == "none", "--guided-targets needs a --guide"),
         (c.selector == "uniform" and (c.early_steps or c.until_better or c.debias or c.gain or c.invert),
          "--early-steps, --until-better, --debias, --gain and --invert need --selector jest or ajest"),
-        (c.selector != "jest" and c.reference, "--reference is for --selector jest; that of ajest is the --guide"),
+        (c.selector != "jest" and c.reference,
+         "--reference is for --selector jest; that of ajest is the --guide"),
         (tree and (c.keep or c.class_weights or c.holdout or c.imbalance),
          "--keep, --class-weights, --holdout and --imbalance need --data: the tree is drawn afresh"),
         (not tree and (c.shape[1] != c.shape[2] or c.shape[1] % 8),
@@ -210,16 +213,16 @@ def settings(argv=None):
         (not tree and len(dataset) <= c.holdout, f"--holdout {c.holdout}: the data has no more examples"),
         (c.eval_samples == 1, "--eval-samples 1: a distance needs 2 or more"),
         (c.batch % part or c.guide_batch % WORLD or c.super_batch % part and c.selector != "uniform",
-         f"--batch {c.batch}, --guide-batch {c.guide_batch} and the super-batch of {c.super_batch} (--filter) must "
-         f"be multiples of {part}, --micro-batch times the number of processes")]:
+         f"--batch {c.batch}, --guide-batch {c.guide_batch} and the super-batch of {c.super_batch} must be "
+         f"multiples of {part}, --micro-batch times the number of processes")]:
         if wrong:
             raise data.DataError(why)
     return c, dataset
 
 
 def model_config(c, guide_path=None):
-    """What a checkpoint needs to rebuild its denoiser, and to sample it as the run is evaluated: plain values.
-    The guide's path is relative to the run folder."""
+    """What a checkpoint needs to rebuild its denoiser, and to sample it as the run is evaluated: plain
+    values. The guide's path is relative to the run folder."""
     return dict(kind=c.kind, shape=c.shape, channels=c.channels, blocks=c.blocks, classes=c.net_classes,
                 class_names=c.class_names, dropout=c.dropout, sigma_data=0.5, mean=c.mean, std=c.std,
                 sigma_max=c.sigma_max, sampling_steps=c.sampling_steps,
@@ -228,8 +231,8 @@ def model_config(c, guide_path=None):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Several processes (torchrun): each works on its rows of the one draw that (seed, step) defines, and process 0
-# writes. For one process these do nothing.
+# Several processes (torchrun): each works on its rows of the one draw that (seed, step) defines, and process
+# 0 writes. For one process these do nothing.
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
@@ -282,11 +285,14 @@ class Clock:
 # Checkpoints: state_dicts and plain values, written by process 0. The log is in it, so that the two agree.
 
 def save(path, c, parts, progress, log, guide_path=None):
-    """Write a checkpoint of `parts`, {name: what has a state_dict}, and the log beside it."""
+    """Write a checkpoint of `parts`, {name: what has a state_dict}, and its log once more as log.jsonl."""
     if RANK == 0:
         content = {name: part.state_dict() for name, part in parts.items()}
+        content |= dict(model_config=model_config(c, guide_path), progress=progress, log=log)
         with data.writing(path) as file:
-            torch.save(dict(content, model_config=model_config(c, guide_path), progress=progress, log=log), file)
+            torch.save(content, file)
+        with data.writing(path.with_name("log.jsonl")) as file:
+            file.write("".join(json.dumps(record) + "\n" for record in log).encode())
 
 
 def restore(path, c, parts):
@@ -298,15 +304,8 @@ def restore(path, c, parts):
         return dict(checkpoint["progress"]), list(checkpoint["log"])
 
 
-def write_log(out, log):
-    """log.jsonl: a line a record."""
-    if RANK == 0:
-        with data.writing(out / "log.jsonl") as file:
-            file.write("".join(json.dumps(record) + "\n" for record in log).encode())
-
-
 def cost_of(path):
-    """-> [seconds, examples] that the training of the checkpoint at `path` took, with what it needed itself."""
+    """-> [seconds, examples] of training the checkpoint at `path`, with those of what it needed itself."""
     with data.reading(path, "a checkpoint of this program"):
         p = model.load_checkpoint(path)["progress"]
         return [p["seconds"] + p["other_seconds"], p["examples_trained"] + p["other_examples"]]
@@ -316,11 +315,11 @@ def load_matching(path, c):
     """-> a trained denoiser for the same data, to guide by or to compare with; DataError where it is not."""
     with data.reading(path, "a denoiser for this data"):
         other = model.load_denoiser(path, device=c.device)
-        if other.shape != tuple(c.shape):
-            raise ValueError(f"it denoises {list(other.shape)}, this run {c.shape} (--size)")
-        if (other.class_names, other.classes) != (c.class_names, c.net_classes):
-            raise ValueError(f"its {other.classes} labels ({', '.join(other.class_names[:5])}) are not this run's "
-                             f"{c.net_classes} ({', '.join(c.class_names[:5])}; --flip doubles them)")
+        theirs = list(other.shape), other.classes, other.class_names
+        ours = c.shape, c.net_classes, c.class_names
+        if theirs != ours:
+            words = ["{} of {} labels, {}".format(*of[:2], ", ".join(of[2][:5])) for of in (theirs, ours)]
+            raise ValueError(f"it is for {words[0]}; this run for {words[1]} (--size, --flip)")
         return other
 
 
@@ -360,7 +359,7 @@ def make_selectors(c, dataset, denoiser, ema, keep, guide_path):
         return select.Uniform(batches), None
     if c.selector == "ajest" or c.reference:
         reference = load_matching(guide_path if c.selector == "ajest" else c.reference, c)
-    else:                                                       # the learner's EMA: the copy shares its tensors
+    else:                                                       # the learner's EMA, whose tensors it shares
         reference = copy.deepcopy(denoiser).eval().requires_grad_(False)
         for parameter, average in zip(reference.parameters(), ema.averages[c.ema[0]]):
             parameter.data = average
@@ -405,10 +404,11 @@ def train(
     path, device = out / "checkpoint.pt", torch.device(c.device)
     torch.manual_seed(data.stream(c.seed, 0, "init").initial_seed())
     denoiser = model.build(model_config(c)).to(device).to(memory_format=torch.channels_last)
-    weights, project, make_finite = model.projected_weights(denoiser), model.project, model.make_finite
-    if c.compile and weights:
-        project, make_finite = (torch.compile(f, options={"combo_kernels": True}) for f in (project, make_finite))
-    project(weights)
+    projected, project, make_finite = model.projected_weights(denoiser), model.project, model.make_finite
+    if c.compile and projected:
+        combine = functools.partial(torch.compile, options={"combo_kernels": True})
+        project, make_finite = combine(project), combine(make_finite)
+    project(projected)
     ema = model.PowerEMA(denoiser, c.ema)
     optimizer = torch.optim.Adam(denoiser.parameters(), lr=c.lr, betas=(0.9, 0.99), eps=1e-8, fused=True)
     parts = dict(model=denoiser, ema=ema, optimizer=optimizer)
@@ -420,13 +420,13 @@ def train(
                   other_seconds=costs[0], other_examples=costs[1]), []
     if path.exists():
         p, log = restore(path, c, parts)
-    write_log(out, log)
     if c.guide == "snapshot":
         guide_path = out / "guide.pt" if p["snapshot"] else None
     guided_targets = bool(guide_path) and c.guided_targets != 1
     objective = make_objective(c, denoiser, load_matching(guide_path, c) if guided_targets else None)
     uniform, jest = make_selectors(c, dataset, denoiser, ema, keep, guide_path)
-    clock, saved, losses_seen, graphs, not_finite = Clock(c.device, p["seconds"]), time.monotonic(), [], set(), 0
+    clock, saved = Clock(c.device, p["seconds"]), time.monotonic()
+    losses_seen, graphs, not_finite = [], set(), 0
 
     for step in range(p["step"], c.steps + 1):
 
@@ -437,7 +437,6 @@ def train(
             save(path, c, parts, p, log, guide_path)
             log += [dict(p, kind="eval") | record for record in evaluate(denoiser, ema, guide_path, p)]
             save(path, c, parts, p, log, guide_path)
-            write_log(out, log)
             clock.set(p["seconds"])
         if step == c.steps:
             break
@@ -453,7 +452,7 @@ def train(
         # Draw b examples, or let JEST choose b of a super-batch.
         batch, weight = selector(step)
 
-        # Their weights in the loss: of the selection, and of their classes, given or found so far by group DRO.
+        # Their weights in the loss: of the selection, and of the classes, given or found so far by group DRO.
         if dro_reference:
             class_weights = dro.weights * counts.sum() / counts.clamp_min(1)
         if class_weights is not None:
@@ -476,7 +475,7 @@ def train(
         optimizer.param_groups[0]["lr"] = learning_rate(c, step)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        project(weights)
+        project(projected)
         ema.update(step + 1)
         if dro_reference:
             with torch.no_grad():
@@ -492,7 +491,7 @@ def train(
         # The snapshot: the learner's own EMA becomes the guide.
         if c.guide == "snapshot" and step + 1 == c.guide_steps:
             p["seconds"], p["snapshot"], guide_path = clock.seconds(), True, out / "guide.pt"
-            save(guide_path, c, dict(model=denoiser, ema=ema), p, [])
+            save(guide_path, c, dict(model=denoiser, ema=ema), p, log)
             barrier()
             if c.guided_targets != 1:
                 guided_targets, objective = True, make_objective(c, denoiser, load_matching(guide_path, c))
@@ -511,9 +510,8 @@ def train(
                             ln_sigma=batch.sigma.log().mean().item()))
             not_finite = 0 if math.isfinite(loss) else not_finite + 1
             if not_finite == 2:
-                raise data.DataError(f"{out.name}: the loss is {loss} at two log lines running: give a lower --lr, "
-                                     "or --no-bf16; the last checkpoint is kept")
-            write_log(out, log)
+                raise data.DataError(f"{out.name}: the loss is {loss} at two log lines running: give a lower "
+                                     "--lr, or --no-bf16; the last checkpoint is kept")
             if RANK == 0:
                 show_progress(out.name, c, p, loss)
             if last or time.monotonic() - saved >= c.save_every:
@@ -541,15 +539,16 @@ def show_progress(name, c, p, loss):
 # Evaluation: the same noise for every run and step, unguided and guided; metrics by name and a picture.
 
 class Evaluate:
-    """evaluate(denoiser, ema, guide_path, p) -> records, one unguided and, with a guide, one guided, of the EMA
-    network; draws samples.png."""
+    """evaluate(denoiser, ema, guide_path, p) -> records of the EMA network, one unguided and, with a guide,
+    one guided; draws samples.png."""
 
     def __init__(self, c, dataset, out, held_out=None, guide_costs=(0.0, 0)):
         self.c, self.dataset, self.out, self.held_out = c, dataset, out, held_out
         self.guide_costs, self.main, self.guide = guide_costs, None, None       # costs that p has not yet
         if c.kind == "tree":
             self.noise = torch.randn(c.eval_samples, 2, generator=data.stream(0, 0, "eval"))
-            self.real = fid.exact_endpoints(dataset, self.noise[:4096].to(c.device), c.sampling_steps, c.sigma_max)
+            self.real = fid.exact_endpoints(
+                dataset, self.noise[:4096].to(c.device), c.sampling_steps, c.sigma_max)
             features = "tree"
         elif c.metrics == "none":
             features = "none"
@@ -577,7 +576,8 @@ class Evaluate:
             data.progress(f"evaluating, guidance {w:g}")
             x, metrics = self.draw(guide.autoguided(self.main, self.guide, w))
             if w == 1 and c.kind == "tree":
-                metrics["score_error"] = fid.score_error(self.main, self.dataset, P_mean=c.P_mean, P_std=c.P_std)
+                metrics["score_error"] = fid.score_error(
+                    self.main, self.dataset, P_mean=c.P_mean, P_std=c.P_std)
             if w == 1 and self.held_out is not None:
                 metrics["validation_loss"] = self.validation_loss()
             seconds, examples = self.guide_costs if w != 1 else (0.0, 0)
@@ -610,17 +610,19 @@ class Evaluate:
     def validation_loss(self):
         """Mean denoising loss on held-out examples, at noise that is the same for every run."""
         c, losses = self.c, []
-        batches = data.Batches(self.dataset, c.batch, 0, c.device, flip=c.flip, P_mean=c.P_mean, P_std=c.P_std)
+        how = dict(device=c.device, flip=c.flip, P_mean=c.P_mean, P_std=c.P_std)
+        batches = data.Batches(self.dataset, c.batch, 0, **how)
         for step, index in enumerate(self.held_out.split(c.batch)):
-            batch = batches.of(torch.cat([index, index[:1].expand(c.batch - len(index))]), step)    # one shape
+            padded = torch.cat([index, index[:1].expand(c.batch - len(index))])         # one shape
+            batch = batches.of(padded, step)
             D_x = self.main(batch.x, batch.sigma, batch.labels)
             losses.append(model.per_example_loss(D_x, batch.x0, batch.sigma)[:len(index)])
         return torch.cat(losses).mean().item()
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The stages of a run: coreset, guide, class weights, the model. One that is trained is `train` in a sub-folder:
-# it resumes, is skipped when done, and its checkpoint says what it cost.
+# The stages of a run: coreset, guide, class weights, the model. One that is trained is `train` in a
+# sub-folder: it resumes, is skipped when done, and its checkpoint says what it cost.
 
 def stage(c, dataset, out, keep, **more):
     """Train a small model of the guide's size, without dropout; -> its checkpoint's path."""
@@ -645,7 +647,8 @@ def choose_examples(c, dataset, out):
     if c.prune_features == "pixels" or c.prune == "random":
         features = data.pixel_features(dataset, pool)
     else:
-        features = fid.data_features(fid.network(c.prune_features, c.device), dataset, "features of the data")[pool]
+        net = fid.network(c.prune_features, c.device)
+        features = fid.data_features(net, dataset, "features of the data")[pool]
     labels = None if dataset.labels is None else dataset.labels[pool]
     priority = data.priorities(features, labels, c.prune, seed=c.seed)
     keep, seconds = data.prune(priority, labels, c.keep), time.monotonic() - began
@@ -679,7 +682,7 @@ def read_class_weights(c, path, counts):
 def alone(out):
     """Hold the run folder while the block runs; DataError where another process trains in it."""
     out.mkdir(parents=True, exist_ok=True)
-    folder = os.open(out, os.O_RDONLY)                          # the lock ends with the process, however it ends
+    folder = os.open(out, os.O_RDONLY)                          # locked until it is closed, by a kill, too
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
@@ -703,8 +706,8 @@ def main(argv=None):
         if RANK == 0:
             with data.writing(out / "config.json") as file:
                 file.write(json.dumps(vars(c), indent=1).encode())
-            print(f"{out}: {c.channels} channels, {c.steps:,} steps of {c.batch}, {c.selector} batches, guide "
-                  f"{c.guide}, {c.eval_samples:,} samples scored", file=sys.stderr)
+            print(f"{out}: {c.channels} channels, {c.steps:,} steps of {c.batch}, {c.selector} batches, "
+                  f"guide {c.guide}, {c.eval_samples:,} samples scored", file=sys.stderr)
         pool, keep, held_out, seconds = choose_examples(c, dataset, out)
         if RANK == 0:
             barrier()
@@ -716,7 +719,7 @@ def main(argv=None):
         elif c.guide not in ("snapshot", "none"):
             guide_path = Path(model.checkpoint_of(c.guide))
             load_matching(guide_path, c)
-        if c.selector == "ajest" or c.class_weights == "dro" or c.guided_targets != 1 and c.guide != "snapshot":
+        if guide_path and (c.selector == "ajest" or c.class_weights == "dro" or c.guided_targets != 1):
             needs.add(guide_path)                               # else only guided samples need it
         if c.reference:
             needs.add(Path(model.checkpoint_of(c.reference)))

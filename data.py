@@ -801,16 +801,16 @@ def image_grid(images, columns, side=None):
     return grid
 
 
-def density_picture(density, size=400, side=3.0):
-    """Pillow image of a square of this side around 0: the log-density of points [n, 2] or of a Tree, from -4
-    (white) to 3 (black)."""
+def density_picture(density, size=400, center=0.4, side=2.2):
+    """Pillow image of a square around (center, center), where class A lies: the log-density of points [n, 2]
+    or of a Tree, from -4 (white) to 3 (black)."""
     if isinstance(density, Tree):
         ticks = (torch.arange(size) + 0.5) / size * side - side / 2
-        cells = torch.stack(torch.meshgrid(ticks, -ticks, indexing="xy"), dim=-1).reshape(-1, 2)
+        cells = torch.stack(torch.meshgrid(ticks, -ticks, indexing="xy"), dim=-1).reshape(-1, 2) + center
         logp = density.logp(cells.to(density.device)).cpu()
     else:
-        cell = ((density.cpu() * torch.tensor([1, -1]) / side + 0.5) * size).floor().long()     # column, row
-        cell = cell[((cell >= 0) & (cell < size)).all(1)]
+        cell = (((density.cpu() - center) * torch.tensor([1, -1]) / side + 0.5) * size).floor().long()
+        cell = cell[((cell >= 0) & (cell < size)).all(1)]                               # column, row
         counts = torch.bincount(cell[:, 1] * size + cell[:, 0], minlength=size * size)
         logp = (counts * (size / side) ** 2 / len(density)).log()
     gray = 255 - ((logp + 4) / 7).clamp(0, 1) * 255

@@ -296,7 +296,7 @@ def _augment(images, generator, shift=4):
 # Features of a set of images, computed batch by batch; those of a data set once, then they lie in its cache.
 
 @torch.no_grad()
-def extract(net, x, label=None, batch=256):
+def extract(net, x, label=None, batch=128):
     """Features float32 [n, d], on the CPU, of x uint8 or float [n, C, H, W], anywhere. The last batch is
     padded, so that the network sees one shape. A label shows progress. Raises DataError."""
     if net.id != "pixels" and (x.dtype != torch.uint8 or x.shape[1] != 3 or min(x.shape[2:]) < 8):
@@ -383,10 +383,10 @@ def image_metrics(real, fake, id, device="cpu", real_moments=None):
     return metrics
 
 
-def warn_of_few(n, side):
+def warn_of_few(n, where):
     """One line on stderr where n images bias a Fréchet distance visibly."""
     if n < BIASED_BELOW:
-        print(f"warning: only {n} {side} images: below {BIASED_BELOW} the distance is biased upwards, "
+        print(f"warning: {where}: only {n} images, below {BIASED_BELOW} the distance is biased upwards, "
               "compare it only with figures from as many images", file=sys.stderr)
 
 
@@ -596,6 +596,10 @@ def main(argv=None):
         return print(f"{args.fit}: held-out accuracy {accuracy:.4f}, use it with --features own:{args.fit}")
     known = [statistics(path) if path.endswith(".npz") else None for path in args.paths]
     sets = [None if k else data.load(path, args.size) for path, k in zip(args.paths, known)]
+    for path, dataset in zip(args.paths, sets):
+        if dataset:
+            print(f"{path}: {', '.join(dataset.report)}", file=sys.stderr)
+            warn_of_few(len(dataset), path)
     if all(sets) and sets[0].shape != sets[1].shape:
         raise data.DataError(f"{args.paths[0]} is {list(sets[0].shape)}, {args.paths[1]} "
                              f"{list(sets[1].shape)}: give --size")
@@ -603,9 +607,6 @@ def main(argv=None):
         raise data.DataError(f"--features {args.features}: statistics (mu, sigma) are those of inception")
     net = network(args.features, args.device, args.inception_weights) if any(sets) else None
     features = [dataset and data_features(net, dataset, path) for path, dataset in zip(args.paths, sets)]
-    for side, dataset in zip(("real", "fake"), sets):
-        if dataset:
-            warn_of_few(len(dataset), side)
     if any(known):
         both = [k or moments(f) for k, f in zip(known, features)]
         if both[0][0].shape != both[1][0].shape:

@@ -80,8 +80,7 @@ def build_parser():
     add("--lr-decay", type=count, help="steps after which it falls as 1/sqrt(step) (preset)")
     add("--warmup", type=whole, help="steps of linear warm-up, 0 = off (preset)")
     add("--dropout", type=number(float, "[0, 1)"), help="dropout inside the residual blocks (preset)")
-    add("--ema", type=number(float, "(0, 0.28)"), nargs="+",
-        help="EMA lengths relative to training; the first is evaluated (preset)")
+    add("--ema", type=number(float, "(0, 0.28)"), nargs="+", help="EMA lengths; the first is evaluated (preset)")
     add("--P-mean", type=number(float, "(-inf, inf)"), help="mean of ln sigma in training (preset)")
     add("--P-std", type=positive, help="standard deviation of ln sigma in training (preset)")
     add("--targets", choices=("sample", "exact"), default="sample",
@@ -99,8 +98,7 @@ def build_parser():
     add("--debias", action="store_true", help="weigh by inverse inclusion probability")
     add("--early-steps", type=whole, default=0, help="select during the first N steps (0 = throughout)")
     add("--until-better", action="store_true", help="select until the learner beats the reference")
-    add("--after", choices=("uniform", "full"), default="uniform",
-        help="where selection is over: batches of b, or all B of the super-batch")
+    add("--after", choices=("uniform", "full"), default="uniform", help="after selection: b examples, or all B")
     add("--reference", help="checkpoint that jest scores against; none = the learner's EMA")
     add = parser.add_argument_group("guide, sampling and evaluation (2406.02507)").add_argument
     add("--guide", help="checkpoint; train = train one first; snapshot = the learner's own EMA after "
@@ -260,25 +258,14 @@ def average(tensors):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Seconds of training: what lies between `seconds()` and a `set` to its value is left out. Both wait for the
-# device, so they are called at log lines, evaluations and the first step of a compiled graph.
+# Seconds of training run from `began`, which moves on over what is not training. Looking at the clock waits for
+# the device, so it is done at log lines, evaluations and the first step of a compiled graph.
 
-class Clock:
-    def __init__(self, device, seconds):
-        self.cuda = device.startswith("cuda")
-        self.set(seconds)
-
-    def seconds(self):
-        """Seconds of training so far."""
-        if self.cuda:
-            torch.cuda.synchronize()
-        return time.monotonic() - self.began
-
-    def set(self, seconds):
-        """Go on from this many."""
-        if self.cuda:
-            torch.cuda.synchronize()
-        self.began = time.monotonic() - seconds
+def now(c):
+    """Seconds on a clock, once the device has done what it was given."""
+    if c.device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.monotonic()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -425,7 +412,7 @@ def train(
     guided_targets = bool(guide_path) and c.guided_targets != 1
     objective = make_objective(c, denoiser, load_matching(guide_path, c) if guided_targets else None)
     uniform, jest = make_selectors(c, dataset, denoiser, ema, keep, guide_path)
-    clock, saved = Clock(c.device, p["seconds"]), time.monotonic()
+    began, saved = now(c) - p["seconds"], time.monotonic()
     losses_seen, graphs, not_finite = [], set(), 0
 
     for step in range(p["step"], c.steps + 1):
@@ -433,11 +420,11 @@ def train(
         # Evaluate what the steps so far have made, unless the log has it. Until then it is saved already.
         due = step == c.steps or c.eval_every and step and step % c.eval_every == 0
         if evaluate and due and RANK == 0 and not evaluate.stands_in(log, step, guide_path):
-            p["seconds"] = clock.seconds()
+            p["seconds"] = now(c) - began
             save(path, c, parts, p, log, guide_path)
             log += [dict(p, kind="eval") | record for record in evaluate(denoiser, ema, guide_path, p)]
             save(path, c, parts, p, log, guide_path)
-            clock.set(p["seconds"])
+            began = now(c) - p["seconds"]
         if step == c.steps:
             break
 
@@ -447,7 +434,7 @@ def train(
         first = c.compile and graph not in graphs
         if first:
             graphs.add(graph)
-            began = clock.seconds()
+            p["seconds"] = now(c) - began
 
         # Draw b examples, or let JEST choose b of a super-batch.
         batch, weight = selector(step)
@@ -486,16 +473,16 @@ def train(
         p["step"], p["examples_trained"] = step + 1, p["examples_trained"] + len(batch.x0) * WORLD
         p["examples_drawn"] += selector.drawn
         if first:
-            clock.set(began)
+            began = now(c) - p["seconds"]
 
         # The snapshot: the learner's own EMA becomes the guide.
         if c.guide == "snapshot" and step + 1 == c.guide_steps:
-            p["seconds"], p["snapshot"], guide_path = clock.seconds(), True, out / "guide.pt"
+            p["seconds"], p["snapshot"], guide_path = now(c) - began, True, out / "guide.pt"
             save(guide_path, c, dict(model=denoiser, ema=ema), p, log)
             barrier()
             if c.guided_targets != 1:
                 guided_targets, objective = True, make_objective(c, denoiser, load_matching(guide_path, c))
-            clock.set(p["seconds"])
+            began = now(c) - p["seconds"]
 
         # Log and save. The early rule: selection ends once the learner beats the reference.
         last, log_now = step + 1 == c.steps, (step + 1) % c.log_every == 0
@@ -505,7 +492,7 @@ def train(
                 average([advantage := learner - reference])
                 p["selecting"] = advantage.item() > 0
             average([loss := torch.stack(losses_seen).mean()])
-            loss, losses_seen, p["seconds"] = loss.item(), [], clock.seconds()
+            loss, losses_seen, p["seconds"] = loss.item(), [], now(c) - began
             log.append(dict(p, kind="train", loss=loss, lr=learning_rate(c, step),
                             ln_sigma=batch.sigma.log().mean().item()))
             not_finite = 0 if math.isfinite(loss) else not_finite + 1
@@ -517,7 +504,7 @@ def train(
             if last or time.monotonic() - saved >= c.save_every:
                 save(path, c, parts, p, log, guide_path)
                 saved = time.monotonic()
-            clock.set(p["seconds"])
+            began = now(c) - p["seconds"]
     if dro_reference and RANK == 0:
         found = (dro.mean * counts.sum() / counts.clamp_min(1)).tolist()
         with data.writing(out / "class_weights.json") as file:
@@ -556,7 +543,7 @@ class Evaluate:
             self.net = fid.network(c.metrics, c.device)
             self.real, features = fid.data_features(self.net, dataset, "features of the data"), self.net.id
             self.moments = fid.moments(self.real)
-            fid.warn_of_few(c.eval_samples, "sampled")
+            fid.warn_of_few(c.eval_samples, "--eval-samples")
         self.how = dict(features=features, samples=c.eval_samples, sampling_steps=c.sampling_steps)
 
     def stands_in(self, log, step, guide_path):
@@ -670,11 +657,9 @@ def read_class_weights(c, path, counts):
     else:
         with data.reading(path, "class weights for these classes"):
             content = json.loads(Path(path).read_text())
-            if sorted(content) != sorted(c.class_names):
-                raise ValueError(f"it names {', '.join(list(content)[:5])} ...")
-            weights = torch.tensor([float(content[name]) for name in c.class_names])
-            if not 0 <= weights.min() <= weights.max() < math.inf or not (weights * counts).sum():
-                raise ValueError("they must be finite, not negative, and not 0 for all examples")
+            weights = torch.tensor([float(content.pop(name)) for name in c.class_names])
+            if content or not 0 <= weights.min() <= weights.max() < math.inf or not (weights * counts).sum():
+                raise ValueError("there are others, or they are negative, not finite or all 0")
     return (weights * counts.sum() / (weights * counts).sum()).to(c.device)
 
 
@@ -725,12 +710,12 @@ def main(argv=None):
             needs.add(Path(model.checkpoint_of(c.reference)))
 
         # Class weights, which a proxy finds against the guide, or which are given.
-        if c.class_weights:
-            path = c.class_weights
-            if path == "dro":
-                proxy = stage(c, dataset, out / "proxy", keep, dro_reference=guide_path)
-                needs.add(proxy)
-                path = proxy.with_name("class_weights.json")
+        path = c.class_weights
+        if path == "dro":
+            proxy = stage(c, dataset, out / "proxy", keep, dro_reference=guide_path)
+            needs.add(proxy)
+            path = proxy.with_name("class_weights.json")
+        if path:
             weights = read_class_weights(c, path, class_counts(dataset, keep))
 
         # The model. What it needed counts, and a guide that it did not need counts for guided samples.

@@ -350,7 +350,7 @@ def frechet(mu1, sigma1, mu2, sigma2):
         R = vectors * values.clamp(min=0).sqrt()
     product = R.T @ sigma2 @ R
     trace = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
-    return ((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * trace).item()
+    return ((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * trace).clamp(min=0).item()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -406,11 +406,6 @@ def statistics(path):
 
 # ------------------------------------------------------------------------------------------------------------
 # Metrics of the 2-D tree, whose density and denoiser are known.
-
-def hit(points, tree):
-    """Share of the points [n, 2] where the tree's log-density is at least HIT_LOGP."""
-    return (tree.logp(points) >= HIT_LOGP).float().mean().item()
-
 
 def coverage(points, tree, is_hit=None, cells=101, side=3.0):
     """"Mandala score" of points [n, 2]: on a cells x cells grid of that side around the origin, the number of
@@ -470,6 +465,8 @@ def read_curves(path):
         for line in Path(path, "log.jsonl").read_text().splitlines():
             r = json.loads(line)
             for name in (r.keys() - NOT_METRICS) | {"other_examples"} if r["kind"] == "eval" else ():
+                if not np.isfinite(r[name]):
+                    continue
                 guided = f", guided {r['guidance']:g}" if r["guidance"] != 1 else ""
                 how = f"{r['features']}, {r['samples']} samples, {r['sampling_steps']} steps"
                 column = f"{name}{guided} ({how})"
@@ -486,8 +483,10 @@ def compare(paths, out="compare.svg", metric=None):
     at the most examples and the most seconds that all of them reach, mean ± std over an arm's runs. Raises
     DataError."""
     arms, tables, lines = {}, [], {}
+    paths = list(dict.fromkeys(map(os.path.abspath, paths)))
+    top = os.path.commonpath(list(map(os.path.dirname, paths)))
     for path in paths:
-        arms.setdefault(re.sub(r"-s\d+$", "", Path(path).resolve().name), []).append(read_curves(path))
+        arms.setdefault(re.sub(r"-s\d+$", "", os.path.relpath(path, top)), []).append(read_curves(path))
     every = [curves for runs in arms.values() for curves in runs]
     columns = sorted(set().union(*every))
     drawn = next((c for c in columns if metric in (None, c.split(" (")[0])), None)
@@ -506,7 +505,7 @@ def compare(paths, out="compare.svg", metric=None):
                     low, high = max(p[0, 0] for p in points), min(p[0, -1] for p in points)
                     grid = np.linspace(low, max(low, high), 50)
                     lines[arm] = grid, np.mean([np.interp(grid, *p) for p in points], axis=0)
-        tables.append(f"At {x:,.0f} {words}:\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows))
+        tables.append(f"At {x:,.6g} {words}:\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows))
     chart(out, drawn, AXES["seconds"], lines)
     return "\n\n".join(tables)
 
@@ -515,9 +514,9 @@ def _mean_at(x, curves):
     """Mean ± std at x of curves [2, n], linear in between; else from where on there are any."""
     values = [np.interp(x, *curve) for curve in curves if curve[0, 0] <= x <= curve[0, -1]]
     if not values:
-        return f"from {min(curve[0, 0] for curve in curves):,.0f} on" if curves else ""
+        return f"from {min(curve[0, 0] for curve in curves):,.6g} on" if curves else ""
     spread = f" ± {np.std(values, ddof=1):.2g}" if len(values) > 1 else ""
-    return f"{np.mean(values):.4g}{spread}"
+    return f"{np.mean(values):.4g}{spread}" + f" ({len(values)} of {len(curves)})" * (len(values) < len(curves))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -529,7 +528,7 @@ COLORS = "#1f5fa8 #d1495b #2e8b57 #e08e1b #7b4ea3 #159aa8 #8c5a3c #d35fa5 #55555
 def chart(path, title, x_name, lines, width=860, height=400):
     """Write `lines`, {name: (x [n], y [n])}, to an .svg."""
     (x_low, x_high), (y_low, y_high) = (
-        (v.min(), max(v.max(), v.min() + 1e-9)) for v in map(np.concatenate, zip(*lines.values())))
+        (v.min(), v.max() if v.max() > v.min() else v.min() + 1) for v in map(np.concatenate, zip(*lines.values())))
 
     def place(x, y):                                            # data to pixels
         return 60 + (x - x_low) / (x_high - x_low) * 560, 340 - (y - y_low) / (y_high - y_low) * 300

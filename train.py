@@ -278,8 +278,13 @@ def save(path, c, parts, progress, log, guide_path=None):
         content |= dict(model_config=model_config(c, guide_path), progress=progress, log=log)
         with data.writing(path) as file:
             torch.save(content, file)
-        with data.writing(path.with_name("log.jsonl")) as file:
-            file.write("".join(json.dumps(record) + "\n" for record in log).encode())
+        write_log(path, log)
+
+
+def write_log(path, log):
+    """log.jsonl beside a checkpoint: a line a record."""
+    with data.writing(path.with_name("log.jsonl")) as file:
+        file.write("".join(json.dumps(record) + "\n" for record in log).encode())
 
 
 def restore(path, c, parts):
@@ -407,6 +412,10 @@ def train(
                   other_seconds=costs[0], other_examples=costs[1]), []
     if path.exists():
         p, log = restore(path, c, parts)
+        if p["step"] > c.steps:
+            raise data.DataError(f"--steps {c.steps}: the run in {out} has done {p['step']}")
+        if RANK == 0:
+            write_log(path, log)                                # a kill may have come between the two
     if c.guide == "snapshot":
         guide_path = out / "guide.pt" if p["snapshot"] else None
     guided_targets = bool(guide_path) and c.guided_targets != 1
@@ -485,8 +494,8 @@ def train(
             began = now(c) - p["seconds"]
 
         # Log and save. The early rule: selection ends once the learner beats the reference.
-        last, log_now = step + 1 == c.steps, (step + 1) % c.log_every == 0
-        if last or log_now:
+        last = step + 1 == c.steps
+        if last or any(every and (step + 1) % every == 0 for every in (c.log_every, c.eval_every)):
             if selecting and c.until_better:
                 learner, reference = jest.seen.mean(1)
                 average([advantage := learner - reference])

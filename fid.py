@@ -516,7 +516,8 @@ def _mean_at(x, curves):
     if not values:
         return f"from {min(curve[0, 0] for curve in curves):,.6g} on" if curves else ""
     spread = f" ± {np.std(values, ddof=1):.2g}" if len(values) > 1 else ""
-    return f"{np.mean(values):.4g}{spread}" + f" ({len(values)} of {len(curves)})" * (len(values) < len(curves))
+    fewer = f" ({len(values)} of {len(curves)})" if len(values) < len(curves) else ""
+    return f"{np.mean(values):.4g}{spread}{fewer}"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -525,10 +526,11 @@ def _mean_at(x, curves):
 COLORS = "#1f5fa8 #d1495b #2e8b57 #e08e1b #7b4ea3 #159aa8 #8c5a3c #d35fa5 #555555 #9aa51f".split()
 
 
-def chart(path, title, x_name, lines, width=860, height=400):
+def chart(path, title, x_name, lines):
     """Write `lines`, {name: (x [n], y [n])}, to an .svg."""
     (x_low, x_high), (y_low, y_high) = (
-        (v.min(), v.max() if v.max() > v.min() else v.min() + 1) for v in map(np.concatenate, zip(*lines.values())))
+        (v.min(), v.max() if v.max() > v.min() else v.min() + 1)
+        for v in map(np.concatenate, zip(*lines.values())))
 
     def place(x, y):                                            # data to pixels
         return 60 + (x - x_low) / (x_high - x_low) * 560, 340 - (y - y_low) / (y_high - y_low) * 300
@@ -545,7 +547,7 @@ def chart(path, title, x_name, lines, width=860, height=400):
         svg += [f'<polyline points="{points}" fill="none" stroke="{COLORS[i % 10]}" stroke-width="2"/>',
                 text(635, 50 + 18 * i, name, f'fill="{COLORS[i % 10]}"')]
     with data.writing(path) as file:
-        file.write(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {max(height, 60 + 18 * i)}" '
+        file.write(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 860 {max(400, 60 + 18 * i)}" '
                    'font-family="sans-serif" font-size="13"><rect width="100%" height="100%" fill="white"/>'
                    f'{"".join(svg)}</svg>'.encode())
 

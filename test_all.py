@@ -1207,7 +1207,7 @@ def data_file(image, form="PNG", **how):
 
 
 def data_write(path, files):
-    """Write {name: content} as an .npz, a .zip, a zip with .backslashes, or a folder, where text is a link."""
+    """Write {name: content} as an .npz, a .zip, a zip with .backslashes, or a folder (text: a link)."""
     if path.suffix == ".npz":
         np.savez(path, **files)
     elif path.suffix:

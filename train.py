@@ -80,7 +80,7 @@ def build_parser():
     add("--lr-decay", type=count, help="steps after which it falls as 1/sqrt(step) (preset)")
     add("--warmup", type=whole, help="steps of linear warm-up, 0 = off (preset)")
     add("--dropout", type=number(float, "[0, 1)"), help="dropout inside the residual blocks (preset)")
-    add("--ema", type=number(float, "(0, 0.28)"), nargs="+", help="EMA lengths; the first is evaluated (preset)")
+    add("--ema", type=number(float, "(0, 0.28)"), nargs="+", help="EMA lengths; the first is used (preset)")
     add("--P-mean", type=number(float, "(-inf, inf)"), help="mean of ln sigma in training (preset)")
     add("--P-std", type=positive, help="standard deviation of ln sigma in training (preset)")
     add("--targets", choices=("sample", "exact"), default="sample",
@@ -98,7 +98,7 @@ def build_parser():
     add("--debias", action="store_true", help="weigh by inverse inclusion probability")
     add("--early-steps", type=whole, default=0, help="select during the first N steps (0 = throughout)")
     add("--until-better", action="store_true", help="select until the learner beats the reference")
-    add("--after", choices=("uniform", "full"), default="uniform", help="after selection: b examples, or all B")
+    add("--after", choices=("uniform", "full"), default="uniform", help="then batches of b, or all of B")
     add("--reference", help="checkpoint that jest scores against; none = the learner's EMA")
     add = parser.add_argument_group("guide, sampling and evaluation (2406.02507)").add_argument
     add("--guide", help="checkpoint; train = train one first; snapshot = the learner's own EMA after "
@@ -182,8 +182,7 @@ def settings(argv=None):
                              "the data has changed, give another --out")
 
     # What follows from them.
-    from_the_start = c.selector == "ajest" or c.class_weights == "dro"
-    c.guide = c.guide or ("train" if from_the_start else "snapshot")
+    c.guide = c.guide or ("train" if c.selector == "ajest" or c.class_weights == "dro" else "snapshot")
     if tree and not c.guide_steps:
         c.guide_steps = min(512, math.ceil(c.steps / 8)) if c.guide == "snapshot" else 1024
     c.guide_steps = c.guide_steps or math.ceil(c.steps / 8)
@@ -191,9 +190,16 @@ def settings(argv=None):
     if c.guided_targets != 1 and "guidance" not in flags:
         c.guidance = 1.0                                        # the network itself is the guided denoiser
     c.bf16, c.compile = model.able(c.device, c.bf16, c.compile)
-    c.super_batch, part = round(c.batch / (1 - c.filter)), (c.micro_batch or 1) * WORLD
+    c.super_batch = round(c.batch / (1 - c.filter))             # B = b / (1 - filter ratio)
+    refuse(c, len(dataset) if not tree else math.inf)
+    return c, dataset
+
+
+def refuse(c, examples):
+    """DataError for what no flag can know alone."""
+    tree, part = c.kind == "tree", (c.micro_batch or 1) * WORLD
     for wrong, why in [
-        (from_the_start and c.guide in ("none", "snapshot"),
+        ((c.selector == "ajest" or c.class_weights == "dro") and c.guide in ("none", "snapshot"),
          "--selector ajest and --class-weights dro need a --guide from the start: train, or a checkpoint"),
         (c.guided_targets != 1 and c.guide == "none", "--guided-targets needs a --guide"),
         (c.selector == "uniform" and (c.early_steps or c.until_better or c.debias or c.gain or c.invert),
@@ -208,14 +214,13 @@ def settings(argv=None):
          f"--class-weights and --imbalance need labels: {c.data} has none"),
         (c.kind != "image" and c.flip, "--flip is for images"),
         (not tree and c.targets == "exact", "--targets exact is for the tree"),
-        (not tree and len(dataset) <= c.holdout, f"--holdout {c.holdout}: the data has no more examples"),
+        (c.holdout >= examples, f"--holdout {c.holdout}: the data has no more examples"),
         (c.eval_samples == 1, "--eval-samples 1: a distance needs 2 or more"),
         (c.batch % part or c.guide_batch % WORLD or c.super_batch % part and c.selector != "uniform",
          f"--batch {c.batch}, --guide-batch {c.guide_batch} and the super-batch of {c.super_batch} must be "
          f"multiples of {part}, --micro-batch times the number of processes")]:
         if wrong:
             raise data.DataError(why)
-    return c, dataset
 
 
 def model_config(c, guide_path=None):
@@ -258,8 +263,8 @@ def average(tensors):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Seconds of training run from `began`, which moves on over what is not training. Looking at the clock waits for
-# the device, so it is done at log lines, evaluations and the first step of a compiled graph.
+# Seconds of training run from `began`, which moves on over what is not training. Looking at the clock waits
+# for the device, so it is done at log lines, evaluations and the first step of a compiled graph.
 
 def now(c):
     """Seconds on a clock, once the device has done what it was given."""
@@ -323,7 +328,7 @@ def load_matching(path, c):
 
 def make_objective(c, denoiser, guide_denoiser=None):
     """-> objective(x0, noise, sigma, labels, target, weight [b]) -> (weighted mean, losses [b])."""
-    def objective(x0, noise, sigma, labels, target, weight):
+    def objective(x0, noise, sigma, labels, target, weight):    # of a data.Batch, and the weights
         losses, D_x = denoiser.loss(x0, noise, sigma, labels, target)
         total, D = losses, D_x.detach()
         if guide_denoiser is not None:

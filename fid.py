@@ -505,7 +505,7 @@ def compare(paths, out="compare.svg", metric=None):
                     low, high = max(p[0, 0] for p in points), min(p[0, -1] for p in points)
                     grid = np.linspace(low, max(low, high), 50)
                     lines[arm] = grid, np.mean([np.interp(grid, *p) for p in points], axis=0)
-        tables.append(f"At {x:,.6g} {words}:\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows))
+        tables.append(f"At {f'{x:,.1f}'.removesuffix('.0')} {words}:\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows))
     chart(out, drawn, AXES["seconds"], lines)
     return "\n\n".join(tables)
 
@@ -514,7 +514,8 @@ def _mean_at(x, curves):
     """Mean ± std at x of curves [2, n], linear in between; else from where on there are any."""
     values = [np.interp(x, *curve) for curve in curves if curve[0, 0] <= x <= curve[0, -1]]
     if not values:
-        return f"from {min(curve[0, 0] for curve in curves):,.6g} on" if curves else ""
+        first = min((curve[0, 0] for curve in curves), default=None)
+        return "" if first is None else f"from {f'{first:,.1f}'.removesuffix('.0')} on"
     spread = f" ± {np.std(values, ddof=1):.2g}" if len(values) > 1 else ""
     fewer = f" ({len(values)} of {len(curves)})" if len(values) < len(curves) else ""
     return f"{np.mean(values):.4g}{spread}{fewer}"

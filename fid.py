@@ -505,7 +505,8 @@ def compare(paths, out="compare.svg", metric=None):
                     low, high = max(p[0, 0] for p in points), min(p[0, -1] for p in points)
                     grid = np.linspace(low, max(low, high), 50)
                     lines[arm] = grid, np.mean([np.interp(grid, *p) for p in points], axis=0)
-        tables.append(f"At {f'{x:,.1f}'.removesuffix('.0')} {words}:\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows))
+        table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        tables.append(f"At {f'{x:,.1f}'.removesuffix('.0')} {words}:\n\n{table}")
     chart(out, drawn, AXES["seconds"], lines)
     return "\n\n".join(tables)
 

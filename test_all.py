@@ -689,6 +689,7 @@ def test_the_same_command_goes_on_and_another_is_refused(tmp_path, capsys, monke
     before = {path: path.read_bytes() for path in run.iterdir()}
     for flag in "--lr 0.02", "--seed 3", "--guided-targets 1.5", "--no-flip":
         _one_line(capsys, train, f"{flags} 16 {flag}", flag.split()[0].replace("--no-", "--"), run)
+    _one_line(capsys, train, f"{flags} 15", "--steps 15", run)
     with train.alone(run):
         _one_line(capsys, train, f"{flags} 32", run, "another process")
     _images(images, n=59)

@@ -180,6 +180,11 @@ def settings(argv=None):
     if old and old["fingerprint"] != c.fingerprint:
         raise data.DataError(f"{out} holds a run on other data ({old['found']}; now: {c.found}): "
                              "the data has changed, give another --out")
+    if (out / "checkpoint.pt").exists():
+        with data.reading(out / "checkpoint.pt", "a checkpoint of this run (give another --out, or delete it)"):
+            done = int(model.load_checkpoint(out)["progress"]["step"])
+        if done > c.steps:
+            raise data.DataError(f"--steps {c.steps}: the run in {out} has done {done}")
 
     # What follows from them.
     c.guide = c.guide or ("train" if c.selector == "ajest" or c.class_weights == "dro" else "snapshot")
@@ -417,8 +422,6 @@ def train(
                   other_seconds=costs[0], other_examples=costs[1]), []
     if path.exists():
         p, log = restore(path, c, parts)
-        if p["step"] > c.steps:
-            raise data.DataError(f"--steps {c.steps}: the run in {out} has done {p['step']}")
         if RANK == 0:
             write_log(path, log)                                # a kill may have come between the two
     if c.guide == "snapshot":

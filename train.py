@@ -137,6 +137,7 @@ MACHINE = {"data", "out", "device", "bf16", "compile", "micro_batch"}   # may di
 MAY_CHANGE = MACHINE | {"steps", "log_every", "save_every", "eval_every", "eval_samples", "sampling_steps",
                         "guidance", "metrics"}                          # also given anew
 PATHS = {"guide", "reference", "class_weights", "prune_features"}       # files may have moved
+RESUMED = "a checkpoint of this run (give another --out, or delete it)"    # what `reading` asks for
 WORDS = {None, "train", "snapshot", "none", "dro", "inverse", "pixels", "inception"}
 
 
@@ -180,9 +181,10 @@ def settings(argv=None):
     if old and old["fingerprint"] != c.fingerprint:
         raise data.DataError(f"{out} holds a run on other data ({old['found']}; now: {c.found}): "
                              "the data has changed, give another --out")
-    if (out / "checkpoint.pt").exists():
-        with data.reading(out / "checkpoint.pt", "a checkpoint of this run (give another --out, or delete it)"):
-            done = int(model.load_checkpoint(out)["progress"]["step"])
+    path = out / "checkpoint.pt"
+    if path.exists():
+        with data.reading(path, RESUMED):
+            done = int(model.load_checkpoint(path)["progress"]["step"])
         if done > c.steps:
             raise data.DataError(f"--steps {c.steps}: the run in {out} has done {done}")
 
@@ -299,7 +301,7 @@ def write_log(path, log):
 
 def restore(path, c, parts):
     """-> (progress, log) of the checkpoint at `path`, whose state the parts take over."""
-    with data.reading(path, "a checkpoint of this run (give another --out, or delete it)"):
+    with data.reading(path, RESUMED):
         checkpoint = model.load_checkpoint(path, c.device)
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
@@ -333,7 +335,8 @@ def load_matching(path, c):
 
 def make_objective(c, denoiser, guide_denoiser=None):
     """-> objective(x0, noise, sigma, labels, target, weight [b]) -> (weighted mean, losses [b])."""
-    def objective(x0, noise, sigma, labels, target, weight):    # of a data.Batch, and the weights
+    def objective(x0, noise, sigma, labels, target, weight):
+        """Of the parts of a data.Batch [b, ...] and the weights [b]."""
         losses, D_x = denoiser.loss(x0, noise, sigma, labels, target)
         total, D = losses, D_x.detach()
         if guide_denoiser is not None:

@@ -42,12 +42,8 @@ class DataError(ValueError):
 
 @contextlib.contextmanager
 def reading(path, what):
-    """Any exception inside becomes a DataError, "PATH: not WHAT, why"; archives are checked first."""
+    """Any exception inside becomes a DataError, "PATH: not WHAT, why"."""
     try:
-        if os.path.isfile(path) and zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if damaged := archive.testzip():
-                    raise ValueError(f"{damaged} is damaged")
         yield
     except (DataError, torch.OutOfMemoryError):
         raise

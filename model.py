@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import types
+import zipfile
 
 import numpy as np
 import torch
@@ -377,10 +378,14 @@ def checkpoint_of(path):
 
 
 def load_checkpoint(path, device="cpu"):
-    """The dictionary in a checkpoint file or run folder. ValueError where its tensors claim more bytes than
-    the file has (a view of one number may have any size); any other exception means that it is none, too."""
+    """The dictionary in a checkpoint file or run folder. ValueError where a checksum of the archive does not
+    hold, or its tensors claim more bytes than the file has (a view of one number may have any size); any other
+    exception means that it is none, too."""
     path = checkpoint_of(path)
-    checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=True)
+    archive = zipfile.is_zipfile(path)                          # not before torch 1.6: FID's Inception weights
+    if archive and (damaged := zipfile.ZipFile(path).testzip()):
+        raise ValueError(f"{damaged} is damaged")
+    checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=archive)
     leaves = torch.utils._pytree.tree_leaves(checkpoint)
     if sum(leaf.nbytes for leaf in leaves if torch.is_tensor(leaf)) > os.path.getsize(path):
         raise ValueError("its tensors are larger than the file")

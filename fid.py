@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 
 import data
-import guide
 import model
 
 WEIGHTS_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -407,30 +406,17 @@ def statistics(path):
 # ------------------------------------------------------------------------------------------------------------
 # Metrics of the 2-D tree, whose density and denoiser are known.
 
-def coverage(points, tree, is_hit=None, cells=101, side=3.0):
-    """"Mandala score" of points [n, 2]: on a cells x cells grid of that side around the origin, the number of
-    cells with a hit over the number of cells with any point. `is_hit` bool [n] spares the density."""
-    is_hit = tree.logp(points) >= HIT_LOGP if is_hit is None else is_hit
+def tree_metrics(points, tree, endpoints, cells=101, side=3.0):
+    """{"hit", "coverage", "l2"} of points [n, 2]. Coverage ("mandala score"): on a grid of that side around the
+    origin, the number of cells with a hit over the number of cells with any point. l2: the mean distance of
+    the first m points from `endpoints` [m, 2], where the exact denoiser's ODE takes their noise."""
+    hit = tree.logp(points) >= HIT_LOGP
     cell = ((points.double() / side + 0.5) * cells).floor().long()                  # [n, 2]
     inside = ((cell >= 0) & (cell < cells)).all(1)
     index = cell[:, 0] * cells + cell[:, 1]
-    reached, cells_hit = index[inside].unique(), index[inside & is_hit.to(index.device)].unique()
-    return len(cells_hit) / max(len(reached), 1)
-
-
-def tree_metrics(points, tree, endpoints=None):
-    """{"hit", "coverage"} of points [n, 2]; with the exact end points [m, 2] of the first m also "l2", their
-    mean distance."""
-    is_hit = tree.logp(points) >= HIT_LOGP
-    metrics = dict(hit=is_hit.float().mean().item(), coverage=coverage(points, tree, is_hit))
-    if endpoints is not None:
-        metrics["l2"] = (points[:len(endpoints)] - endpoints).norm(dim=1).mean().item()
-    return metrics
-
-
-def exact_endpoints(tree, noise, steps=32, sigma_max=5):
-    """End points [n, 2] of the exact denoiser's ODE from unit normal noise [n, 2]."""
-    return guide.heun(tree.denoise, noise, steps=steps, sigma_max=sigma_max)
+    coverage = len(index[inside & hit].unique()) / max(len(index[inside].unique()), 1)
+    l2 = (points[:len(endpoints)] - endpoints).norm(dim=1).mean().item()
+    return dict(hit=hit.float().mean().item(), coverage=coverage, l2=l2)
 
 
 @torch.no_grad()

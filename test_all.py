@@ -705,13 +705,6 @@ def test_the_same_command_goes_on_and_another_is_refused(tmp_path, capsys, monke
     _same_run(longer, run)
 
 
-def test_a_lost_log_is_written_again():
-    run = _train(TINY)
-    (run / "log.jsonl").write_text("[1]")                       # a kill between the two files, say
-    _train(TINY, out=run)
-    assert _load(run)["log"] == _records(run, None)
-
-
 @pytest.mark.skipif(not SLOW, reason="SLOW_TESTS=1")
 @pytest.mark.parametrize("flags", [
     TINY + "--selector ajest --after full --early-steps 6 --guided-targets 2",
@@ -872,9 +865,10 @@ def test_unlabelled_images_train_with_selection_and_validate_each_example_once()
 
 
 def test_l2_is_taken_at_the_noise_level_and_steps_of_the_run(tmp_path):
-    for flags in "--sigma-max 2 --sampling-steps 7", "--sigma-max 5 --sampling-steps 3":
+    for flags in "--sigma-max 2 --sampling-steps 7", "--sigma-max 5 --sampling-steps 3", "":
         evaluate = train.Evaluate(_settings(flags, "--eval-samples 64"), TREE, tmp_path)
-        assert evaluate.draw(TREE.denoise)[1]["l2"] < 1e-5
+        found = evaluate.draw(TREE.denoise)[1]
+        assert found["l2"] < 1e-5 and (flags or found["hit"] > 0.95)
         assert evaluate.draw(lambda x, *_: TREE.denoise(x, 1.0))[1]["l2"] > 0.01
 
 
@@ -1673,7 +1667,7 @@ def test_hit_and_coverage_against_loops():
         cells[cell] = cells.get(cell, False) or bool(p[0] >= 0)
     hit, share = np.mean([bool(p[0] >= 0) for p in points]), np.mean(list(cells.values()))
     found = fid.tree_metrics(points, tree, points[:50] + torch.tensor([3.0, 4.0]))
-    assert found == pytest.approx(dict(hit=hit, coverage=share, l2=5)) and fid.coverage(points, tree) == share
+    assert found == pytest.approx(dict(hit=hit, coverage=share, l2=5))
 
 
 def test_score_error_is_zero_for_the_exact_denoiser_and_the_closed_form_for_a_biased_one():
@@ -1681,10 +1675,6 @@ def test_score_error_is_zero_for_the_exact_denoiser_and_the_closed_form_for_a_bi
         return TREE.denoise(x, sigma) + (sigma * 0.5 / (sigma ** 2 + 0.25).sqrt())[:, None]
     assert fid.score_error(TREE.denoise, TREE, n=256) == 0
     assert fid.score_error(biased, TREE, n=5000) == pytest.approx(1, rel=1e-4)          # more than one block
-
-
-def test_exact_endpoints_reach_the_density():
-    assert fid.tree_metrics(fid.exact_endpoints(TREE, _fid_normal(0, 256, 2)), TREE)["hit"] > 0.97
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -281,22 +281,18 @@ def now(c):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Checkpoints: state_dicts and plain values, written by process 0. The log is in it, so that the two agree.
+# Checkpoints: state_dicts and plain values, written by process 0. The log is in it, and written once more as
+# log.jsonl before it: after a kill between the two, the steps since are done and logged again.
 
 def save(path, c, parts, progress, log, guide_path=None):
-    """Write a checkpoint of `parts`, {name: what has a state_dict}, and its log once more as log.jsonl."""
+    """Write a checkpoint of `parts`, {name: what has a state_dict}, and its log beside it."""
     if RANK == 0:
         content = {name: part.state_dict() for name, part in parts.items()}
         content |= dict(model_config=model_config(c, guide_path), progress=progress, log=log)
+        with data.writing(path.with_name("log.jsonl")) as file:
+            file.write("".join(json.dumps(record) + "\n" for record in log).encode())
         with data.writing(path) as file:
             torch.save(content, file)
-        write_log(path, log)
-
-
-def write_log(path, log):
-    """log.jsonl beside a checkpoint: a line a record."""
-    with data.writing(path.with_name("log.jsonl")) as file:
-        file.write("".join(json.dumps(record) + "\n" for record in log).encode())
 
 
 def restore(path, c, parts):
@@ -425,8 +421,6 @@ def train(
                   other_seconds=costs[0], other_examples=costs[1]), []
     if path.exists():
         p, log = restore(path, c, parts)
-        if RANK == 0:
-            write_log(path, log)                                # a kill may have come between the two
     if c.guide == "snapshot":
         guide_path = out / "guide.pt" if p["snapshot"] else None
     guided_targets = bool(guide_path) and c.guided_targets != 1
@@ -554,8 +548,8 @@ class Evaluate:
         self.guide_costs, self.main, self.guide = guide_costs, None, None       # costs that p has not yet
         if c.kind == "tree":
             self.noise = torch.randn(c.eval_samples, 2, generator=data.stream(0, 0, "eval"))
-            self.real = fid.exact_endpoints(
-                dataset, self.noise[:4096].to(c.device), c.sampling_steps, c.sigma_max)
+            self.real = guide.heun(dataset.denoise, self.noise[:4096].to(c.device),
+                                   steps=c.sampling_steps, sigma_max=c.sigma_max)       # exact end points
             features = "tree"
         elif c.metrics == "none":
             features = "none"

@@ -407,9 +407,9 @@ def statistics(path):
 # Metrics of the 2-D tree, whose density and denoiser are known.
 
 def tree_metrics(points, tree, endpoints, cells=101, side=3.0):
-    """{"hit", "coverage", "l2"} of points [n, 2]. Coverage ("mandala score"): on a grid of that side around the
-    origin, the number of cells with a hit over the number of cells with any point. l2: the mean distance of
-    the first m points from `endpoints` [m, 2], where the exact denoiser's ODE takes their noise."""
+    """{"hit", "coverage", "l2"} of points [n, 2]. Coverage ("mandala score"): on a grid of that side around
+    the origin, the number of cells with a hit over the number of cells with any point. l2: the mean distance
+    of the first m points from `endpoints` [m, 2], where the exact denoiser's ODE takes their noise."""
     hit = tree.logp(points) >= HIT_LOGP
     cell = ((points.double() / side + 0.5) * cells).floor().long()                  # [n, 2]
     inside = ((cell >= 0) & (cell < cells)).all(1)

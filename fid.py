@@ -372,11 +372,12 @@ def _share_inside(points, centres, k, block):
 # ------------------------------------------------------------------------------------------------------------
 # All metrics of two image sets.
 
-def image_metrics(real, fake, id, device="cpu", real_moments=None):
+def image_metrics(real, fake, id, device="cpu", real_moments=None, most=10_000):
     """{distance, "precision", "recall"} of features real [n, d] and fake [m, d] of the network `id`; the last
-    two from at most 10,000 of each, where there are more than 3. Raises DataError."""
+    two from at most `most` of each, drawn at random, where there are more than 3. Raises DataError."""
     metrics = {distance_name(id): frechet(*(real_moments or moments(real)), *moments(fake))}
-    real, fake = (x[:: -(-len(x) // 10_000)].to(device) for x in (real, fake))
+    real, fake = (x[torch.randperm(len(x), generator=data.stream(0, 0, "metrics"))[:most]].to(device)
+                  for x in (real, fake))
     if min(len(real), len(fake)) > 3:
         metrics["precision"], metrics["recall"] = precision_recall(real, fake)
     return metrics

@@ -65,10 +65,11 @@ def load(args):
 
 
 def labels_of(args, config):
-    """int64 [n] or None: one class, or all in turn. Labels of mirrored images are not sampled."""
+    """int64 [n] or None: one class, or all in turn by seed. Labels of mirrored images are not sampled."""
     names = config["class_names"]
     if args.class_name is None:
-        return torch.arange(args.n) % max(len(names), 1) if config["classes"] else None
+        seeds = torch.arange(args.seed, args.seed + args.n)
+        return seeds % max(len(names), 1) if config["classes"] else None
     if args.class_name not in names:
         raise data.DataError(f"--class {args.class_name}: not a class of this model, which has "
                              + (", ".join(names[:12]) + ", ..." * (len(names) > 12) if names else "none"))

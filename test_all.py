@@ -751,7 +751,9 @@ BAD_FLAGS = [                                                   # the message na
     "--data d.npz --size 12", "--data plain.npz --class-weights inverse", "--data /no/such/place",
     "--filter 1", "--steps 1.5", "--device abacus", "--guided-targets 0.5", "--no-such-flag",
     "--data d.npz --guide large.npz", "--data d.npz --size 16 --guide other", "--data d.npz --guide other",
-    "--data named.npz --selector jest --reference reference"]
+    "--data named.npz --selector jest --reference reference",
+    "--data d.npz --selector ajest --class-weights plain.npz", "--data d.npz --selector ajest --eval-samples 2 "
+    "--metrics own:/absent.pt"]
 BAD_WEIGHTS = ["[1]", "[" * 100_000, '{"0": 1, "1": 1}', '{"0": NaN, "1": 1, "2": 1}']
 
 
@@ -760,10 +762,12 @@ BAD_WEIGHTS = ["[1]", "[" * 100_000, '{"0": 1, "1": 1}', '{"0": NaN, "1": 1, "2"
 def test_bad_flags_and_class_weights_end_in_one_line(tmp_path, monkeypatch, capsys, flags, content):
     monkeypatch.chdir(_folder())
     Path("w.json").write_text(content)
-    words = [word for word in flags.split() if word[:2] == "--" or word[0] == "/" or Path(word).exists()]
+    words = [word for word in flags.replace("own:", " ").split()
+             if word[:2] == "--" or word[0] == "/" or Path(word).exists()]
     sizes = SMALL if ".npz" in flags else TINY
     err = _one_line(capsys, train, f"{sizes} {flags} --out {tmp_path}/run", words[-1])
     assert ("60 images of 3x" in err) == (".npz" in flags)      # what was found is said before
+    assert not list(tmp_path.rglob("*.pt"))                     # and nothing trained
 
 
 @pytest.mark.parametrize("flags, stages", [
@@ -929,8 +933,9 @@ def test_sampling_classes_guides_weights_and_points(tmp_path, capsys, monkeypatc
         assert np.array_equal(seen, found)
     assert (draw("--interval", 1e3, 1e4) == unguided).all() and (draw("--S-churn", 2) != guided).any()
     assert (draw("--guide", run / "guide.pt", "--guidance", 0, of=distilled) == draw("--guidance", 0)).all()
-    alone = _sample(run, "--n", 1, "--class", "1", "--seed", 1, out=tmp_path / "b.npz")["images"]
-    assert np.array_equal(alone[0], guided[1])                  # seed 1, class 1, whatever the number
+    for more in ("--n", 1, "--class", "1", "--seed", 1), ("--n", 2, "--seed", 1):
+        part = _sample(run, *more, out=tmp_path / "b.npz")["images"]
+        assert np.array_equal(part, guided[1:][:len(part)])     # seed 1, class 1, whatever the number
     tree, out = _train(TINY, "--guide none"), f"--device cpu --n 1 --steps 1 --out {tmp_path}/x"
     assert {k: v.shape for k, v in _sample(tree, out=tmp_path / "p.npz").items()} == {"points": (64, 2)}
     for flags in (f"{run} {out}.png --class dragon", f"{run} {out}.gif", f"{run} {out}.png --ema 0.2",
@@ -1481,6 +1486,13 @@ def test_image_metrics_take_given_moments_and_leave_out_what_three_features_cann
     x, nothing = torch.arange(9.0)[:, None], (torch.zeros(1), torch.zeros(1, 1))
     found = fid.image_metrics(x[:3], x, "own:1a", real_moments=nothing)
     assert found == {"FD(own)": pytest.approx(4 ** 2 + 7.5)}    # squared mean and variance of 0 ... 8
+
+
+def test_precision_and_recall_of_many_are_those_of_a_fair_part():
+    classes = torch.stack([torch.arange(600) // 200, torch.arange(600) % 3])    # one by one; in turn
+    real, fake = 9 * classes[..., None] + _fid_normal(0, 2, 600, 1)
+    found = fid.image_metrics(real, fake, "own:1a", most=200)
+    assert found["precision"] > 0.9 and found["recall"] > 0.9
 
 
 def _fid_naive_share(points, centres, k=3):

@@ -543,9 +543,9 @@ class Evaluate:
     """evaluate(denoiser, ema, guide_path, p) -> records of the EMA network, one unguided and, with a guide,
     one guided; draws samples.png."""
 
-    def __init__(self, c, dataset, out, held_out=None, guide_costs=(0.0, 0)):
+    def __init__(self, c, dataset, out, held_out=None):
         self.c, self.dataset, self.out, self.held_out = c, dataset, out, held_out
-        self.guide_costs, self.main, self.guide = guide_costs, None, None       # costs that p has not yet
+        self.main, self.guide, self.guide_costs = None, None, (0.0, 0)  # of a guide that p does not count
         if c.kind == "tree":
             self.noise = torch.randn(c.eval_samples, 2, generator=data.stream(0, 0, "eval"))
             self.real = guide.heun(dataset.denoise, self.noise[:4096].to(c.device),
@@ -708,34 +708,37 @@ def main(argv=None):
             print(f"{out}: {c.channels} channels, {c.steps:,} steps of {c.batch}, {c.selector} batches, "
                   f"guide {c.guide}, {c.eval_samples:,} samples scored", file=sys.stderr)
         pool, keep, held_out, seconds = choose_examples(c, dataset, out)
+        evaluate = Evaluate(c, dataset, out, held_out) if c.eval_samples and RANK == 0 else None
         if RANK == 0:
             barrier()
 
-        # The guide; with DRO it is also the reference, and then sees the whole pool.
+        # Files that are given, before anything is trained.
         guide_path, weights, needs = None, None, set()
-        if c.guide == "train":
-            guide_path = stage(c, dataset, out / "guide", pool if c.class_weights == "dro" else keep)
-        elif c.guide not in ("snapshot", "none"):
+        if c.guide not in ("train", "snapshot", "none"):
             guide_path = Path(model.checkpoint_of(c.guide))
             load_matching(guide_path, c)
+        if c.reference:
+            needs.add(reference := Path(model.checkpoint_of(c.reference)))
+            load_matching(reference, c)
+        if c.class_weights not in (None, "dro"):
+            weights = read_class_weights(c, c.class_weights, class_counts(dataset, keep))
+
+        # The guide; with DRO it is also the reference, and then sees the whole pool. A proxy finds the class
+        # weights against it.
+        if c.guide == "train":
+            guide_path = stage(c, dataset, out / "guide", pool if c.class_weights == "dro" else keep)
         if guide_path and (c.selector == "ajest" or c.class_weights == "dro" or c.guided_targets != 1):
             needs.add(guide_path)                               # else only guided samples need it
-        if c.reference:
-            needs.add(Path(model.checkpoint_of(c.reference)))
-
-        # Class weights, which a proxy finds against the guide, or which are given.
-        path = c.class_weights
-        if path == "dro":
+        if c.class_weights == "dro":
             proxy = stage(c, dataset, out / "proxy", keep, dro_reference=guide_path)
             needs.add(proxy)
             path = proxy.with_name("class_weights.json")
-        if path:
             weights = read_class_weights(c, path, class_counts(dataset, keep))
 
         # The model. What it needed counts, and a guide that it did not need counts for guided samples.
         costs = [sum(cost) for cost in zip((seconds, 0), *map(cost_of, needs))]
-        guide_costs = cost_of(guide_path) if guide_path and guide_path not in needs else (0.0, 0)
-        evaluate = Evaluate(c, dataset, out, held_out, guide_costs) if c.eval_samples and RANK == 0 else None
+        if evaluate and guide_path and guide_path not in needs:
+            evaluate.guide_costs = cost_of(guide_path)
         log = train(c, dataset, out, keep, guide_path, weights, evaluate=evaluate, costs=costs)
         for record in log if RANK == 0 else []:
             if record["kind"] == "eval" and record["step"] == c.steps:

@@ -740,15 +740,17 @@ def test_defaults_follow_the_run_and_the_machine(monkeypatch):
     c = _settings(images)
     assert (c.channels, c.blocks, c.steps, c.batch, c.flip, c.bf16, c.P_std) == (24, 1, 1000, 64, 1, 0, 1.2)
     monkeypatch.setattr(train, "WORLD", 3)
-    for flags in "--batch 64", "--guide-batch 64", "--micro-batch 4", "--selector jest --filter 0.67", "":
+    for flags in "--batch 64", "--guide-batch 64", "--micro-batch 4", "--filter 0.67", "":
         with pytest.raises(data.DataError, match="multiple") if flags else contextlib.nullcontext():
-            _settings("--batch 66 --guide-batch 66 --filter 0.5", flags)
+            _settings("--selector jest --batch 66 --guide-batch 66 --filter 0.5", flags)
 
 
 BAD_FLAGS = [                                                   # the message names the last flag or file
     "--selector ajest --guide snapshot", "--guide none --guided-targets 2", "--keep 0.5", "--holdout 5",
     "--class-weights dro", "--flip", "--micro-batch 7", "--early-steps 5", "--data d.npz --holdout 60",
     "--data d.npz --size 12", "--data plain.npz --class-weights inverse", "--data /no/such/place",
+    "--score hard", "--data d.npz --prune knn", "--data d.npz --eta 1", "--size 8",
+    "--steps 9 --guide-steps 10",
     "--filter 1", "--steps 1.5", "--device abacus", "--guided-targets 0.5", "--no-such-flag",
     "--data d.npz --guide large.npz", "--data d.npz --size 16 --guide other", "--data d.npz --guide other",
     "--data named.npz --selector jest --reference reference",
@@ -805,7 +807,7 @@ def test_every_stage_sees_the_pool_only(monkeypatch, tmp_path, flags, stages):
 def test_the_proxy_finds_the_class_weights_of_doremi(monkeypatch, tmp_path):
     labels, counts = torch.arange(60).sqrt().long() // 3, np.array([9, 27, 24])
     dataset, make, seen = data.Dataset(torch.zeros(60, 3, 8, 8).byte(), labels, list("abc")), [], []
-    c = _settings(SMALL, "--batch 64 --eta 0.5 --data", _folder() / "d.npz")
+    c = _settings(SMALL, "--batch 64 --class-weights dro --eta 0.5 --data", _folder() / "d.npz")
     make = train.make_objective
 
     def recording(*args):

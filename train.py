@@ -205,20 +205,25 @@ def settings(argv=None):
 def refuse(c, examples):
     """DataError for what no flag can know alone."""
     tree, part = c.kind == "tree", (c.micro_batch or 1) * WORLD
+    for there, what, flags in [
+            (c.selector != "uniform", "--selector jest or ajest",
+             "filter chunks score invert gain debias early_steps until_better after"),
+            (c.selector == "jest", "--selector jest (the reference of ajest is the --guide)", "reference"),
+            (c.keep, "--keep", "prune prune_features"),
+            (c.class_weights == "dro", "--class-weights dro", "eta"),
+            (not tree, "--data: the tree is drawn afresh", "size keep class_weights holdout imbalance"),
+            (c.classes, f"labels: {c.data} has none", "class_weights imbalance"),
+            (c.guide != "none" or c.guided_targets == 1, "a --guide", "guided_targets")]:
+        for flag in flags.split():
+            if c.flags.get(flag) and not there:
+                raise data.DataError(f"--{flag.replace('_', '-')} needs {what}")
     for wrong, why in [
         ((c.selector == "ajest" or c.class_weights == "dro") and c.guide in ("none", "snapshot"),
          "--selector ajest and --class-weights dro need a --guide from the start: train, or a checkpoint"),
-        (c.guided_targets != 1 and c.guide == "none", "--guided-targets needs a --guide"),
-        (c.selector == "uniform" and (c.early_steps or c.until_better or c.debias or c.gain or c.invert),
-         "--early-steps, --until-better, --debias, --gain and --invert need --selector jest or ajest"),
-        (c.selector != "jest" and c.reference,
-         "--reference is for --selector jest; that of ajest is the --guide"),
-        (tree and (c.keep or c.class_weights or c.holdout or c.imbalance),
-         "--keep, --class-weights, --holdout and --imbalance need --data: the tree is drawn afresh"),
+        (c.guide == "snapshot" and c.guide_steps > c.steps,
+         f"--guide-steps {c.guide_steps}: the snapshot is to be taken within the {c.steps} --steps"),
         (not tree and (c.shape[1] != c.shape[2] or c.shape[1] % 8),
          f"--size: the UNet needs square images of a multiple of 8 pixels, not {c.shape}"),
-        (not c.classes and (c.class_weights or c.imbalance),
-         f"--class-weights and --imbalance need labels: {c.data} has none"),
         (c.kind != "image" and c.flip, "--flip is for images"),
         (not tree and c.targets == "exact", "--targets exact is for the tree"),
         (c.holdout >= examples, f"--holdout {c.holdout}: the data has no more examples"),

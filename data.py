@@ -828,9 +828,10 @@ def panels(pictures, titles, across=True):
 def coreset_picture(dataset, pool, priority, keep, columns=8):
     """Pillow image of what `prune` kept of the examples at `pool` [n]: of each of the first ten classes a row
     of best-kept, last-kept and first-dropped images. priority [n]; `keep` are positions in the pool."""
-    parts, names = [[], [], []], dataset.class_names or ["all"]
+    parts, names = [[], [], []], []
     labels = None if dataset.labels is None else dataset.labels[pool]
     for members in of_classes(labels, len(pool))[:10]:
+        names.append("all" if labels is None else dataset.class_names[labels[members[0]]])
         ranked = members[torch.sort(priority[members], descending=True, stable=True).indices]
         n = int(torch.isin(members, keep).sum())
         for part, chosen in zip(parts, (ranked[:n], ranked[:n].flip(0), ranked[n:])):

@@ -35,15 +35,6 @@ def autoguided(main, guide=None, w=1.0, interval=(0.0, math.inf)):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Unit noise whose i-th sample depends on its own seed alone: drawn on the CPU, one generator per sample.
-
-def seeded_noise(seeds, shape, device="cpu", generators=None):
-    """Unit normal noise, a sample per seed: fp32 [len(seeds), *shape]. `generators` continue a stream."""
-    generators = generators or [torch.Generator().manual_seed(int(seed)) for seed in seeds]
-    return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
-
-
-# ------------------------------------------------------------------------------------------------------------
 # The noise levels of EDM (eq. 5) and Heun's second-order steps between them.
 
 def noise_levels(steps, sigma_min, sigma_max, rho=7.0):
@@ -79,22 +70,20 @@ def heun(denoiser, noise, labels=None, steps=32, sigma_min=0.002, sigma_max=80.0
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Samples by seed, in batches of one size (a multiple of 16; the last is padded): one compiled graph, and the
-# same sample to the last bit whatever the batch, since matrix kernels round differently for few rows.
+# Samples by seed: noise is drawn on the CPU, one generator a sample. Batches have one size (a multiple of 16;
+# the last is padded): one compiled graph, and the same sample to the last bit whatever the batch, since matrix
+# kernels round differently for few rows.
 
 def generate(denoiser, seeds, labels=None, batch=256, device="cpu", **sampler):
     """Yield samples [<= batch, ...] for seeds [N] and labels int64 [N] or None; `sampler` goes to `heun`."""
     batch = -(-batch // 16) * 16
     for start in range(0, len(seeds), batch):
-        part = list(seeds[start:start + batch])
-        count, part = len(part), part + [part[-1]] * (batch - len(part))
-        generators = [torch.Generator().manual_seed(int(seed)) for seed in part]
+        rows = [min(i, len(seeds) - 1) for i in range(start, start + batch)]    # the last is repeated
+        generators = [torch.Generator().manual_seed(int(seeds[i])) for i in rows]
 
         def fresh_noise():
-            return seeded_noise(part, denoiser.shape, device, generators)
+            return torch.stack([torch.randn(denoiser.shape, generator=g) for g in generators]).to(device)
 
-        label = None
-        if labels is not None:
-            label = labels[start:start + batch]
-            label = torch.cat([label, label[-1:].expand(batch - count)]).to(device)
-        yield heun(denoiser, fresh_noise(), label, fresh_noise=fresh_noise, **sampler)[:count]
+        label = None if labels is None else labels[rows].to(device)
+        x = heun(denoiser, fresh_noise(), label, fresh_noise=fresh_noise, **sampler)
+        yield x[:len(seeds) - start]

@@ -784,7 +784,6 @@ def test_every_stage_sees_the_pool_only(monkeypatch, tmp_path, flags, stages):
         costs = dict(seconds=0, other_seconds=0, examples_trained=0, other_examples=0)
         torch.save(dict(progress=costs), out / "checkpoint.pt")
         (out / "class_weights.json").write_text('{"0": 0.5, "1": 1.0, "2": 3.0}')
-        return []
     monkeypatch.setattr(train, "train", fit)
     monkeypatch.setattr(data, "pixel_features", functools.partial(data.pixel_features, dims=4))
     pool = f"--data {images} --holdout 6 --imbalance 3 --keep 0.5"
@@ -889,7 +888,9 @@ def test_the_whole_pipeline_on_images(tmp_path, capsys):
     capsys.readouterr()
     before = (run / "checkpoint.pt").read_bytes()
     _train(flags, "pixels", out=run)                            # all is there: nothing is done again
-    assert "step 4/4" not in capsys.readouterr().err and (run / "checkpoint.pt").read_bytes() == before
+    again = capsys.readouterr()                                 # but its metrics are said
+    assert "step 4/4" not in again.err and (run / "checkpoint.pt").read_bytes() == before
+    assert again.out.startswith(f"step 4, unguided:  FD(pixels) {unguided['FD(pixels)']:.4f}  precision")
     for more in "none", "pixels --eval-samples 5", "pixels --guidance 2", "none":       # the last is there
         _train(flags, more, out=run)
     found = [(r["features"], r["samples"], r["guidance"]) for r in _records(run, "eval")[2:]]

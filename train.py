@@ -405,7 +405,7 @@ def train(
     evaluate=None,          # Evaluate: called every eval_every steps and at the end
     costs=(0.0, 0),         # seconds and examples that were spent on what this training needs
 ):
-    """-> the log, a list of records."""
+    """Train until c.steps are done; writes checkpoint.pt and log.jsonl to `out`."""
     out.mkdir(parents=True, exist_ok=True)
     path, device = out / "checkpoint.pt", torch.device(c.device)
     torch.manual_seed(data.stream(c.seed, 0, "init").initial_seed())
@@ -437,12 +437,13 @@ def train(
     for step in range(p["step"], c.steps + 1):
 
         # Evaluate what the steps so far have made, unless the log has it. Until then it is saved already.
-        due = step == c.steps or c.eval_every and step and step % c.eval_every == 0
-        if evaluate and due and RANK == 0 and not evaluate.stands_in(log, step, guide_path):
+        if evaluate and (step == c.steps or c.eval_every and step and step % c.eval_every == 0):
             p["seconds"] = now(c) - began
-            save(path, c, parts, p, log, guide_path)
-            log += [dict(p, kind="eval") | record for record in evaluate(denoiser, ema, guide_path, p)]
-            save(path, c, parts, p, log, guide_path)
+            if not evaluate.found(log, step, c.guidance if guide_path else 1.0):
+                save(path, c, parts, p, log, guide_path)
+                log += [dict(p, kind="eval") | record for record in evaluate(denoiser, ema, guide_path, p)]
+                save(path, c, parts, p, log, guide_path)
+            evaluate.show(log, step)
             began = now(c) - p["seconds"]
         if step == c.steps:
             break
@@ -529,7 +530,6 @@ def train(
         with data.writing(out / "class_weights.json") as file:
             file.write(json.dumps(dict(zip(c.class_names, found)), indent=1).encode())
     barrier()
-    return log
 
 
 def show_progress(name, c, p, loss):
@@ -565,10 +565,18 @@ class Evaluate:
             fid.warn_of_few(c.eval_samples, "--eval-samples")
         self.how = dict(features=features, samples=c.eval_samples, sampling_steps=c.sampling_steps)
 
-    def stands_in(self, log, step, guide_path):
-        """Whether the log has this evaluation, with its features, samples, Heun steps and guidance."""
-        wanted = dict(self.how, step=step, kind="eval", guidance=self.c.guidance if guide_path else 1.0)
-        return any(wanted.items() <= {key: r[key] for key in wanted if key in r}.items() for r in log)
+    def found(self, log, step, guidance):
+        """The records of such an evaluation in the log: with these features, samples and Heun steps."""
+        wanted = dict(self.how, step=step, kind="eval", guidance=guidance)
+        return [record for record in log if wanted.items() <= record.items()]
+
+    def show(self, log, step):
+        """Print the metrics of a step, unguided and guided."""
+        for w in dict.fromkeys((1.0, self.c.guidance)):
+            for record in self.found(log, step, w):
+                metrics = {key: value for key, value in record.items() if key not in fid.NOT_METRICS}
+                print(f"step {step}, {'unguided' if w == 1 else f'guidance {w:g}'}:  "
+                      + "  ".join(f"{key} {value:.4f}" for key, value in metrics.items()), flush=True)
 
     def __call__(self, denoiser, ema, guide_path, p):
         c, records, pictures = self.c, [], []
@@ -744,12 +752,7 @@ def main(argv=None):
         costs = [sum(cost) for cost in zip((seconds, 0), *map(cost_of, needs))]
         if evaluate and guide_path and guide_path not in needs:
             evaluate.guide_costs = cost_of(guide_path)
-        log = train(c, dataset, out, keep, guide_path, weights, evaluate=evaluate, costs=costs)
-        for record in log if RANK == 0 else []:
-            if record["kind"] == "eval" and record["step"] == c.steps:
-                guidance = "unguided" if record["guidance"] == 1 else f"guidance {record['guidance']:g}"
-                print(f"step {c.steps}, {guidance}:  " + "  ".join(
-                    f"{key} {value:.4f}" for key, value in record.items() if key not in fid.NOT_METRICS))
+        train(c, dataset, out, keep, guide_path, weights, evaluate=evaluate, costs=costs)
         if RANK == 0:
             print(f"wrote {out}/: {', '.join(sorted(path.name for path in out.iterdir()))}")
     if WORLD > 1:

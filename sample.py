@@ -5,6 +5,7 @@
 The checkpoint alone rebuilds the model; without flags it is sampled as its run was evaluated, with the run's
 guide, weight and Heun steps. Sample i depends on seed + i alone, not on the number or the batch.
 """
+import math
 import os
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def build_parser():
     add("--batch", type=count, default=64, help="samples at a time")
     add("--guidance", type=amount, help="weight (1 = off); none = as evaluated")
     add("--guide", help="checkpoint; none = the run's own guide")
-    add("--interval", type=amount, nargs=2, default=[0.0, float("inf")], metavar=("LO", "HI"),
+    add("--interval", type=amount, nargs=2, default=[0.0, math.inf], metavar=("LO", "HI"),
         help="guide only at LO <= sigma <= HI")
     add("--steps", type=count, help="Heun steps; none = as evaluated")
     add("--sigma-max", type=data.number(float, "(0.002, inf)"), help="first noise level; none = as evaluated")
@@ -52,6 +53,8 @@ def load(args):
     own = config["guide"] and Path(path).parent / config["guide"]
     weak_path = model.checkpoint_of(args.guide or own or "")
     w = config["guidance"] if args.guidance is None else args.guidance
+    if w == 1 and args.guidance is None and (args.guide or args.interval != [0.0, math.inf]):
+        raise data.DataError("--guide and --interval need a --guidance: this run was evaluated without")
     if w == 1:
         return guide.autoguided(main), config
     if not os.path.exists(weak_path):

@@ -754,8 +754,8 @@ BAD_FLAGS = [                                                   # the message na
     "--filter 1", "--steps 1.5", "--device abacus", "--guided-targets 0.5", "--no-such-flag",
     "--data d.npz --guide large.npz", "--data d.npz --size 16 --guide other", "--data d.npz --guide other",
     "--data named.npz --selector jest --reference reference",
-    "--data d.npz --selector ajest --class-weights plain.npz", "--data d.npz --selector ajest --eval-samples 2 "
-    "--metrics own:/absent.pt"]
+    "--data d.npz --selector ajest --class-weights plain.npz", "--guide none --guidance 2",
+    "--data d.npz --selector ajest --eval-samples 2 --metrics own:/absent.pt"]
 BAD_WEIGHTS = ["[1]", "[" * 100_000, '{"0": 1, "1": 1}', '{"0": NaN, "1": 1, "2": 1}']
 
 
@@ -944,6 +944,8 @@ def test_sampling_classes_guides_weights_and_points(tmp_path, capsys, monkeypatc
     for flags in (f"{run} {out}.png --class dragon", f"{run} {out}.gif", f"{run} {out}.png --ema 0.2",
                   f"{tree} {out}", f"{_folder()}/other {out}.png --guidance 2"):
         _one_line(capsys, sample, flags, flags.split()[-1])
+    for flags in f"{tree} {out}.png --interval 1 2", f"{tree} {out}.png --guide {tree}":
+        _one_line(capsys, sample, flags, "a --guidance")
     os.remove(run / "guide.pt")
     _one_line(capsys, sample, f"{run} {out}.png", run / "guide.pt", "--guide")
     assert not list(tmp_path.glob("x*")) and (draw("--guidance", 1) == unguided).all()

@@ -213,7 +213,8 @@ def refuse(c, examples):
             (c.class_weights == "dro", "--class-weights dro", "eta"),
             (not tree, "--data: the tree is drawn afresh", "size keep class_weights holdout imbalance"),
             (c.classes, f"labels: {c.data} has none", "class_weights imbalance"),
-            (c.guide != "none" or c.guided_targets == 1, "a --guide", "guided_targets")]:
+            (c.guide != "none" or c.guided_targets == 1, "a --guide", "guided_targets"),
+            (c.guide != "none" or c.guidance == 1, "a --guide", "guidance")]:
         for flag in flags.split():
             if c.flags.get(flag) and not there:
                 raise data.DataError(f"--{flag.replace('_', '-')} needs {what}")

@@ -323,6 +323,15 @@ def decode(x, config):
     return x.round().clip(0, 255).to(torch.uint8) if config["kind"] == "image" else x
 
 
+def classes_in_turn(shares, index):
+    """The class of the samples with these numbers, int64 [n]: of K equal `shares` each in turn, of others in
+    their proportions in any long stretch. A turn asks for K quantiles, moved from turn to turn."""
+    turn, place = (index // len(shares)).double(), index % len(shares)
+    quantile = (place + (turn + 0.5) * 0.6180339887498949 % 1) / len(shares)            # the golden ratio
+    ends = torch.tensor(shares, dtype=torch.float64).cumsum(0)
+    return torch.searchsorted(ends, quantile).clamp(max=len(shares) - 1)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Batches by number: batches[step] depends on (seed, step) alone, and on a CPU a uniform batch of b is the
 # beginning of that step's super-batch of B (for multiples of 16). What is small is drawn on the host and

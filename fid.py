@@ -211,7 +211,7 @@ def network(name, device="cpu", weights=None):
                 raise ValueError("its weights are not finite")
     else:
         raise data.DataError(f"--features {name}: give inception, own:CKPT or pixels")
-    net.id, net.device = name, torch.device(device)
+    net.id, net.device, net.size = name, torch.device(device), file["size"] if kind == "own" else None
     return net.to(net.device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
@@ -301,6 +301,9 @@ def extract(net, x, label=None, batch=128):
     if net.id != "pixels" and (x.dtype != torch.uint8 or x.shape[1] != 3 or min(x.shape[2:]) < 8):
         raise data.DataError(f"{net.id} features are of uint8 images [3, H, W], H and W from 8 on, not of "
                              f"{x.dtype} {list(x.shape[1:])}; --features pixels are of latents, too")
+    if net.size not in (None, x.shape[-1]):
+        raise data.DataError(f"{net.id} was fitted to images of {net.size} pixels, these have {x.shape[-1]}: "
+                             f"give --size {net.size}, or fit another")
     n, batch, parts = len(x), min(batch, len(x)), []
     with torch.backends.cudnn.flags(torch.backends.cudnn.enabled, allow_tf32=False):    # fp32, as on a CPU
         for rows in F.pad(torch.arange(n), (0, -n % batch)).split(batch):

@@ -27,7 +27,7 @@ def build_parser():
     add("--n", type=count, default=64, help="number of samples")
     add("--out", required=True, help="grid.png, samples.npz, or a folder/ of PNG files")
     add("--seed", type=data.number(int, "[0, 1e15]"), default=0, help="sample i is drawn from seed + i")
-    add("--class", dest="class_name", metavar="NAME", help="a class by its name; none = all in turn")
+    add("--class", dest="class_name", metavar="NAME", help="a class by its name; none = in the data's shares")
     add("--ema", type=amount, help="EMA length (0 = raw weights); none = the first")
     add("--batch", type=count, default=64, help="samples at a time")
     add("--guidance", type=amount, help="weight (1 = off); none = as evaluated")
@@ -68,11 +68,12 @@ def load(args):
 
 
 def labels_of(args, config):
-    """int64 [n] or None: one class, or all in turn by seed. Labels of mirrored images are not sampled."""
+    """int64 [n] or None: one class, or by seed all in the data's shares. Labels of mirrored images are not
+    sampled."""
     names = config["class_names"]
     if args.class_name is None:
         seeds = torch.arange(args.seed, args.seed + args.n)
-        return seeds % max(len(names), 1) if config["classes"] else None
+        return data.classes_in_turn(config["class_shares"], seeds) if config["classes"] else None
     if args.class_name not in names:
         raise data.DataError(f"--class {args.class_name}: not a class of this model, which has "
                              + (", ".join(names[:12]) + ", ..." * (len(names) > 12) if names else "none"))
@@ -94,15 +95,18 @@ def main(argv=None):
     labels, kind, parts = labels_of(args, config), config["kind"], []
     if not suffix and kind != "image":
         raise data.DataError(f"--out {args.out}: a folder holds images; give an .npz for {kind} samples")
-    data.output(args.out if suffix else os.path.join(args.out, "000000.png"))
-    how = dict(steps=args.steps or config["sampling_steps"], sigma_max=args.sigma_max or config["sigma_max"])
     seeds = range(args.seed, args.seed + args.n)
+    files = [args.out] if suffix else [os.path.join(args.out, f"{seed:06d}.png") for seed in seeds]
+    data.output(files[0])
+    if not suffix and any(map(os.path.exists, files)):
+        raise data.DataError(f"{args.out}: holds samples of these seeds already, give another folder")
+    how = dict(steps=args.steps or config["sampling_steps"], sigma_max=args.sigma_max or config["sigma_max"])
     for x in guide.generate(denoiser, seeds, labels, args.batch, args.device, S_churn=args.S_churn, **how):
         parts.append(data.decode(x, config).cpu())
         done = sum(map(len, parts))
         data.progress(f"{done}/{args.n} samples", last=done == args.n)
-        for i, image in enumerate(parts[-1] if not suffix else [], args.seed + done - len(x)):
-            with data.writing(os.path.join(args.out, f"{i:06d}.png")) as file:
+        for name, image in zip(files[done - len(x):], parts[-1] if not suffix else []):
+            with data.writing(name) as file:
                 Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, format="PNG")
     samples = torch.cat(parts)
     if suffix:

@@ -59,7 +59,7 @@ os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"               # no pool of pro
 # Small runs: settings, batches, images, what a run has written.
 
 FEW = "--device cpu --eval-samples 0 --sampling-steps 2 "
-TINY = FEW + "--steps 24 --batch 64 --guide-steps 8 --guide-batch 64 --log-every 6 "        # on the tree
+TINY = FEW + "--steps 24 --batch 64 --guide-steps 8 --log-every 6 "                         # on the tree
 SMALL = FEW + "--channels 8 --blocks 1 --batch 4 --guide-steps 2 --steps 6 --log-every 2 "  # on images
 TREE = data.Tree("A")
 flatten = torch.utils._pytree.tree_flatten_with_path
@@ -311,6 +311,9 @@ def test_the_reference_of_jest_is_the_current_ema_of_the_learner():
     other.net.out.weight.data /= 2
     losses = jest.losses(batch)
     assert torch.allclose(losses[1], other.loss(*batch)[0]) and not torch.allclose(*losses)
+    for flags, computed in ("", False), ("--until-better", True):       # else no score needs the reference
+        hard = _jest(_settings("--selector ajest --score hard --batch 64", flags), other)[1]
+        assert torch.equal(*hard.losses(batch)) != computed
 
 
 def test_until_better_selects_until_the_learner_wins_at_a_log_line(monkeypatch):
@@ -635,10 +638,10 @@ def test_a_loss_that_is_not_finite_at_two_log_lines_ends_the_run(capsys, tmp_pat
         noised(self, x0 * (math.nan if step in bad else 1), labels, step)))
     assert len(_records(_train(TINY, "--guide none --steps 30"))) == 5
     bad |= set(range(24, 48))
-    flags = f"{TINY} --guide none --steps 48 --save-every 0 --out {tmp_path}/run"
-    _one_line(capsys, train, flags, "--lr", "run")
-    assert _load(tmp_path / "run")["progress"]["step"] == 30
-    assert all(weight.isfinite().all() for weight in leaves(_load(tmp_path / "run")["model"]))
+    for steps in 48, 30:                                        # two log lines; the last one
+        flags = f"{TINY} --guide none --steps {steps} --save-every 0 --eval-every 6 --out {tmp_path}/{steps}"
+        _one_line(capsys, train, flags, "--lr", steps)
+        assert _load(tmp_path / f"{steps}")["progress"]["step"] == 24   # of the last line that was finite
 
 
 def test_micro_batches_change_no_gradient(monkeypatch):
@@ -690,6 +693,8 @@ def test_the_same_command_goes_on_and_another_is_refused(tmp_path, capsys, monke
     flags = f"{FEW} --channels 8 --blocks 1 --batch 4 --log-every 4 --data {images} --out {run} --steps"
     longer = _train(flags, "32 --guide-steps 2")
     _train(flags, 16, out=run)
+    _train(flags.removesuffix("--steps"), out=run)              # not on to the preset's 1,000
+    assert _load(run)["progress"]["step"] == 16
     before = {path: path.read_bytes() for path in run.iterdir()}
     for flag in "--lr 0.02", "--seed 3", "--guided-targets 1.5", "--no-flip":
         _one_line(capsys, train, f"{flags} 16 {flag}", flag.split()[0].replace("--no-", "--"), run)
@@ -742,7 +747,7 @@ def test_defaults_follow_the_run_and_the_machine(monkeypatch):
     monkeypatch.setattr(train, "WORLD", 3)
     for flags in "--batch 64", "--guide-batch 64", "--micro-batch 4", "--filter 0.67", "":
         with pytest.raises(data.DataError, match="multiple") if flags else contextlib.nullcontext():
-            _settings("--selector jest --batch 66 --guide-batch 66 --filter 0.5", flags)
+            _settings("--selector ajest --batch 66 --guide-batch 66 --filter 0.5", flags)
 
 
 BAD_FLAGS = [                                                   # the message names the last flag or file
@@ -755,7 +760,8 @@ BAD_FLAGS = [                                                   # the message na
     "--data d.npz --guide large.npz", "--data d.npz --size 16 --guide other", "--data d.npz --guide other",
     "--data named.npz --selector jest --reference reference",
     "--data d.npz --selector ajest --class-weights plain.npz", "--guide none --guidance 2",
-    "--data d.npz --selector ajest --eval-samples 2 --metrics own:/absent.pt"]
+    "--data d.npz --eval-samples 2",
+    "--data d.npz --selector ajest --eval-samples 3 --metrics own:/absent.pt"]
 BAD_WEIGHTS = ["[1]", "[" * 100_000, '{"0": 1, "1": 1}', '{"0": NaN, "1": 1, "2": 1}']
 
 
@@ -830,7 +836,7 @@ def test_the_proxy_finds_the_class_weights_of_doremi(monkeypatch, tmp_path):
 
 def test_costs_of_what_a_run_needed_are_added():
     """Examples beside the run's own, unguided and guided: guides and proxies train on 8, `reference`, too."""
-    flags = f"{SMALL} --steps 2 --eval-samples 2 --metrics none --guidance 2 --data {_folder()}/d.npz"
+    flags = f"{SMALL} --steps 2 --eval-samples 3 --metrics none --guidance 2 --data {_folder()}/d.npz"
     reference, ajest = _folder() / "reference", _train(flags, "--selector ajest --guide train")
     for more, main, guided in [
             ("--guide snapshot", 0, 0), ("--guide train", 0, 8), (f"--guide {reference}", 0, 8),
@@ -858,8 +864,9 @@ def _sample(run, *flags, out):
 def test_unlabelled_images_train_with_selection_and_validate_each_example_once():
     """At one noise level D = 0 has the loss lambda mean(x0^2), lambda(0.5) = 8, whatever the noise."""
     flags = f"{SMALL} --data {_folder()}/plain.npz --holdout 9 --selector ajest --filter 0.5 --metrics none"
-    run = _train(flags, "--steps 20 --warmup 0 --eval-samples 4 --P-std 1e-9 --P-mean", math.log(0.5))
-    dataset, c = data.load(_folder() / "plain.npz"), _settings(flags, "--P-std 1e-9 --P-mean", math.log(0.5))
+    run = _train(flags, "--steps 20 --warmup 0 --eval-samples 4")
+    dataset, c = data.load(_folder() / "plain.npz"), _settings(flags)
+    c.eval_levels = dict(P_mean=math.log(0.5), P_std=1e-9)
     held_out = train.choose_examples(c, dataset, run)[2]
     evaluate = train.Evaluate(c, dataset, run, held_out)
     evaluate.main = lambda x, sigma, labels: 0 * x
@@ -891,7 +898,7 @@ def test_the_whole_pipeline_on_images(tmp_path, capsys):
     again = capsys.readouterr()                                 # but its metrics are said
     assert "step 4/4" not in again.err and (run / "checkpoint.pt").read_bytes() == before
     assert again.out.startswith(f"step 4, unguided:  FD(pixels) {unguided['FD(pixels)']:.4f}  precision")
-    for more in "none", "pixels --eval-samples 5", "pixels --guidance 2", "none":       # the last is there
+    for more in "none", "pixels --eval-samples 5", "pixels --guidance 2", "none --guidance 1.6":    # is there
         _train(flags, more, out=run)
     found = [(r["features"], r["samples"], r["guidance"]) for r in _records(run, "eval")[2:]]
     assert found == [("none", 10, 1), ("none", 10, 1.6), ("pixels", 5, 1), ("pixels", 5, 1.6),
@@ -902,17 +909,19 @@ def test_the_whole_pipeline_on_images(tmp_path, capsys):
     _sample(run, "--n", 5, "--batch", 2, out=tmp_path / "folder")
     pngs = [np.array(Image.open(path)).transpose(2, 0, 1) for path in sorted((tmp_path / "folder").iterdir())]
     assert np.array_equal(pngs, images["images"])
+    _one_line(capsys, sample, f"{run} --n 1 --seed 4 --out {tmp_path}/folder", "folder: holds samples")
 
 
 def test_latents_train_prune_reweight_guide_and_sample(tmp_path):
-    labels = torch.arange(40) % 2
+    labels = torch.arange(40) % 4 // 3                          # 30 and 10 examples
     latents = torch.randn(40, 4, 8, 8) * 3 + labels[:, None, None, None] * 4 + 1
     np.savez(tmp_path / "z.npz", latents=latents.half().numpy(), labels=labels.numpy())
     run = _train(SMALL, f"--data {tmp_path}/z.npz --selector ajest --keep 0.5 --class-weights dro",
                  "--eval-samples 6 --steps 3")
     assert "FD(pixels)" in _records(run, "eval")[0]
-    found = _sample(run, "--n", 4, "--steps", 12, out=tmp_path / "s.npz")["latents"]
-    assert found.shape == (4, 4, 8, 8) and abs(found.mean() - 3) < 1.5 and 2 < found.std() < 6  # 3 and 3.6
+    found, labels, _ = _sample(run, "--n", 4, "--steps", 12, out=tmp_path / "s.npz").values()
+    assert found.shape == (4, 4, 8, 8) and sorted(labels) == [0, 0, 0, 1]
+    assert abs(found.mean() - 2) < 1.5 and 2 < found.std() < 6  # of the data: 2 and 3.5
 
 
 def test_sampling_classes_guides_weights_and_points(tmp_path, capsys, monkeypatch):
@@ -920,7 +929,10 @@ def test_sampling_classes_guides_weights_and_points(tmp_path, capsys, monkeypatc
     monkeypatch.setattr(data, "image_grid", lambda images, *args: drawn.append(images) or grid(images, *args))
     flags = f"{SMALL} --data {_folder()}/d.npz --lr 0.05 --warmup 0 --steps 4 --eval-samples 4 --metrics none"
     run, distilled = _train(flags, "--guidance 2.5"), _train(flags, "--guided-targets 1.6")
-    abroad = _train(flags, "--sampling-steps 3 --sigma-max 9 --guidance 2 --guide", run)
+    (tmp_path / "far/away").mkdir(parents=True)
+    (tmp_path / "runs").symlink_to(tmp_path / "far/away")
+    more = "--sampling-steps 3 --sigma-max 9 --guidance 2 --guide"
+    abroad = _train(flags, more, run, out=tmp_path / "runs/abroad")
 
     def draw(*more, of=run):
         return _sample(of, "--n", 4, *more, out=tmp_path / "c.npz")["images"]
@@ -1191,6 +1203,16 @@ def test_batch_is_what_the_index_says_and_flips_are_labelled(kind, labelled, fli
     assert torch.equal(data.decode(plain, vars(dataset)).to(dataset.x.dtype), dataset.x[index])
     for got, mean, std in ((batch.sigma.log(), -2.3, 1.5), (batch.noise, 0, 1)):
         assert abs(got.mean() - mean) < 0.1 and abs(got.std() - std) < 0.08
+
+
+def test_classes_come_in_turn_or_in_their_shares():
+    for classes in 1, 3, 1000:
+        index = torch.arange(10 ** 5, 10 ** 5 + 5000)
+        assert torch.equal(data.classes_in_turn([1 / classes] * classes, index), index % classes)
+    shares = torch.tensor([0.7, 0.02, 0.0, 0.28])
+    for part in torch.arange(4000).split(1000):
+        counts = torch.bincount(data.classes_in_turn(shares.tolist(), part), minlength=4)
+        assert (counts - 1000 * shares).abs().max() < 5 and counts[2] == 0
 
 
 def test_exact_targets_are_the_exact_denoiser():
@@ -1571,7 +1593,7 @@ def test_inception_is_the_published_network_and_refuses_other_files(tmp_path):
 def _fid_classifier(path, **changes):
     torch.manual_seed(0)
     net = fid.Classifier(2, width=4).eval()
-    torch.save(dict(width=4, class_names=["a", "b"], model=net.state_dict()) | changes, path)
+    torch.save(dict(width=4, class_names=["a", "b"], size=8, model=net.state_dict()) | changes, path)
     return net
 
 
@@ -1598,6 +1620,8 @@ def test_classifier_round_trip_and_refusal(tmp_path):
     path, images = tmp_path / "own.pt", torch.randint(256, (5, 3, 24, 16), dtype=torch.uint8)
     net = _fid_classifier(path)
     assert torch.equal(fid.network(f"own:{path}")(images), net(images))
+    with pytest.raises(data.DataError, match="give --size 8"):
+        fid.extract(fid.network(f"own:{path}"), images)
     nan = {"model": {key: value * np.nan for key, value in net.state_dict().items()}}
     huge = {"model": {key: torch.zeros(1).expand(2 ** 50) for key in net.state_dict()}}     # holds one number
     for why, changes in ("not finite", nan), ("larger than", huge), ("size mismatch", {"width": 10 ** 6}):

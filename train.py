@@ -91,13 +91,13 @@ def build_parser():
     add = parser.add_argument_group("online selection (2509.15267)").add_argument
     add("--selector", choices=("uniform", "jest", "ajest"), default="uniform", help="how batches are made")
     add("--filter", type=number(float, "[0, 1)"), default=0.8, help="share of the super-batch left out")
-    add("--chunks", type=count, default=16, help="chunks in which JEST fills the batch")
+    add("--chunks", type=count, default=16, help="chunks in which JEST fills the batch; the first is random")
     add("--score", choices=select.SCORES, default="learnability", help="what makes an example worth it")
     add("--invert", action="store_true", help="prefer low scores")
     add("--gain", type=amount, default=0.0, help="multiply standardized scores (0 = raw scores)")
     add("--debias", action="store_true", help="weigh by inverse inclusion probability")
     add("--early-steps", type=whole, default=0, help="select during the first N steps (0 = throughout)")
-    add("--until-better", action="store_true", help="select until the learner beats the reference")
+    add("--until-better", action="store_true", help="select until a log line sees the reference beaten")
     add("--after", choices=("uniform", "full"), default="uniform", help="then batches of b, or all of B")
     add("--reference", help="checkpoint that jest scores against; none = the learner's EMA")
     add = parser.add_argument_group("guide, sampling and evaluation (2406.02507)").add_argument
@@ -126,12 +126,12 @@ def build_parser():
     add("--bf16", action=on_off, help="bf16 autocast; none = on a GPU, but for the tree")
     add("--compile", action=on_off, help="torch.compile; none = on a GPU")
     add("--log-every", type=count, default=50, help="steps between log lines")
-    add("--save-every", type=amount, default=60.0, help="seconds between checkpoints")
+    add("--save-every", type=amount, default=60.0, help="seconds between checkpoints, at log lines")
     return parser
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The settings of a run: flags, else what the run in that folder began with, else the preset and the data.
+# The settings of a run: flags, else those of the run in that folder, else the preset and the data.
 
 MACHINE = {"data", "out", "device", "bf16", "compile", "micro_batch"}   # may differ where a run goes on
 MAY_CHANGE = MACHINE | {"steps", "log_every", "save_every", "eval_every", "eval_samples", "sampling_steps",
@@ -153,7 +153,7 @@ def settings(argv=None):
     if RANK == 0:
         print(*dataset.report, sep="\n", file=sys.stderr)
 
-    # The preset's values become defaults, then those that the run in this folder began with.
+    # The preset's values become defaults, then those of the run in this folder.
     tree, cuda = dataset.kind == "tree", args.device.startswith("cuda")
     preset = dataset.kind if dataset.kind in PRESETS else "32" if dataset.shape[-1] <= 32 else "64"
     parser.set_defaults(**PRESETS[preset], bf16=cuda and not tree, compile=cuda)
@@ -163,14 +163,16 @@ def settings(argv=None):
     if (out / "config.json").exists():
         with data.reading(out / "config.json", "the settings of a run"):
             old = json.loads((out / "config.json").read_text())
-            began = set(vars(args)) - set(old["flags"]) - MACHINE
+            began = set(vars(args)) - MACHINE - (set(old["flags"]) - MAY_CHANGE)
             parser.set_defaults(**{key: old[key] for key in began & set(old)})
     c = parser.parse_args(argv)
     c.out, c.flags = str(out), flags
+    c.eval_levels = {key: PRESETS[preset][key] for key in ("P_mean", "P_std")}  # whatever is trained on
     c.fingerprint, c.found = dataset.fingerprint, ", ".join(dataset.report[:2])
     c.kind, c.shape, c.classes = dataset.kind, list(dataset.shape), dataset.classes
     c.class_names, c.net_classes = list(dataset.class_names), 2 * max(c.classes, 1) if c.flip else c.classes
     c.mean, c.std = (list(getattr(dataset, moment, ())) for moment in ("mean", "std"))
+    c.class_shares = (class_counts(dataset).double() / len(dataset)).tolist() if c.classes else [1.0]
     for key in set(old.get("flags", ())) | set(flags) if old else ():
         was, now = old.get(key), getattr(c, key)
         if key in PATHS:
@@ -194,7 +196,7 @@ def settings(argv=None):
         c.guide_steps = min(512, math.ceil(c.steps / 8)) if c.guide == "snapshot" else 1024
     c.guide_steps = c.guide_steps or math.ceil(c.steps / 8)
     c.guide_channels, c.guide_batch = c.guide_channels or math.ceil(c.channels / 2), c.guide_batch or c.batch
-    if c.guided_targets != 1 and "guidance" not in flags:
+    if c.guided_targets != 1 and "guidance" not in flags and not old:
         c.guidance = 1.0                                        # the network itself is the guided denoiser
     c.bf16, c.compile = model.able(c.device, c.bf16, c.compile)
     c.super_batch = round(c.batch / (1 - c.filter))             # B = b / (1 - filter ratio)
@@ -209,9 +211,13 @@ def refuse(c, examples):
             (c.selector != "uniform", "--selector jest or ajest",
              "filter chunks score invert gain debias early_steps until_better after"),
             (c.selector == "jest", "--selector jest (the reference of ajest is the --guide)", "reference"),
+            (c.early_steps or c.until_better, "--early-steps or --until-better", "after"),
+            (not c.debias, "a draw in parts, and --debias draws once", "chunks"),
             (c.keep, "--keep", "prune prune_features"),
+            (c.prune != "random", "--prune gaussian, knn or moderate", "prune_features"),
             (c.class_weights == "dro", "--class-weights dro", "eta"),
-            (not tree, "--data: the tree is drawn afresh", "size keep class_weights holdout imbalance"),
+            (c.guide == "train" or c.class_weights == "dro", "--guide train", "guide_channels guide_batch"),
+            (not tree, "--data", "size blocks dropout keep class_weights holdout imbalance metrics"),
             (c.classes, f"labels: {c.data} has none", "class_weights imbalance"),
             (c.guide != "none" or c.guided_targets == 1, "a --guide", "guided_targets"),
             (c.guide != "none" or c.guidance == 1, "a --guide", "guidance")]:
@@ -228,7 +234,8 @@ def refuse(c, examples):
         (c.kind != "image" and c.flip, "--flip is for images"),
         (not tree and c.targets == "exact", "--targets exact is for the tree"),
         (c.holdout >= examples, f"--holdout {c.holdout}: the data has no more examples"),
-        (c.eval_samples == 1, "--eval-samples 1: a distance needs 2 or more"),
+        (0 < c.eval_samples < max(c.classes, 2),
+         f"--eval-samples {c.eval_samples}: give one for each class, and 2 or more"),
         (c.batch % part or c.guide_batch % WORLD or c.super_batch % part and c.selector != "uniform",
          f"--batch {c.batch}, --guide-batch {c.guide_batch} and the super-batch of {c.super_batch} must be "
          f"multiples of {part}, --micro-batch times the number of processes")]:
@@ -240,10 +247,10 @@ def model_config(c, guide_path=None):
     """What a checkpoint needs to rebuild its denoiser, and to sample it as the run is evaluated: plain
     values. The guide's path is relative to the run folder."""
     return dict(kind=c.kind, shape=c.shape, channels=c.channels, blocks=c.blocks, classes=c.net_classes,
-                class_names=c.class_names, dropout=c.dropout, sigma_data=0.5, mean=c.mean, std=c.std,
-                sigma_max=c.sigma_max, sampling_steps=c.sampling_steps,
+                class_names=c.class_names, class_shares=c.class_shares, dropout=c.dropout, sigma_data=0.5,
+                mean=c.mean, std=c.std, sigma_max=c.sigma_max, sampling_steps=c.sampling_steps,
                 guidance=c.guidance if guide_path else 1.0,
-                guide=os.path.relpath(guide_path, c.out) if guide_path else None)
+                guide=os.path.relpath(*map(os.path.realpath, (guide_path, c.out))) if guide_path else None)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -364,7 +371,9 @@ def make_selectors(c, dataset, denoiser, ema, keep, guide_path):
     batches, super_batches = (data.Batches(dataset, n, c.seed, **how) for n in (c.batch, c.super_batch))
     if c.selector == "uniform":
         return select.Uniform(batches), None
-    if c.selector == "ajest" or c.reference:
+    if c.score in ("hard", "gradient-norm") and not c.until_better:
+        reference = None                                        # nothing asks for its losses
+    elif c.selector == "ajest" or c.reference:
         reference = load_matching(guide_path if c.selector == "ajest" else c.reference, c)
     else:                                                       # the learner's EMA, whose tensors it shares
         reference = copy.deepcopy(denoiser).eval().requires_grad_(False)
@@ -372,7 +381,8 @@ def make_selectors(c, dataset, denoiser, ema, keep, guide_path):
             parameter.data = average
 
     def both(*batch):
-        return torch.stack([denoiser.loss(*batch)[0], reference.loss(*batch)[0]])
+        learner = denoiser.loss(*batch)[0]
+        return torch.stack([learner, reference.loss(*batch)[0] if reference else learner])
     both = model.accelerate(both, c.device, c.bf16, c.compile)
 
     @torch.no_grad()
@@ -440,7 +450,7 @@ def train(
         # Evaluate what the steps so far have made, unless the log has it. Until then it is saved already.
         if evaluate and (step == c.steps or c.eval_every and step and step % c.eval_every == 0):
             p["seconds"] = now(c) - began
-            if not evaluate.found(log, step, c.guidance if guide_path else 1.0):
+            if not not_finite and not evaluate.found(log, step, c.guidance if guide_path else 1.0):
                 save(path, c, parts, p, log, guide_path)
                 log += [dict(p, kind="eval") | record for record in evaluate(denoiser, ema, guide_path, p)]
                 save(path, c, parts, p, log, guide_path)
@@ -468,7 +478,7 @@ def train(
 
         # Gradients, by micro-batches; what is not finite becomes 0.
         if c.dropout:
-            torch.manual_seed(data.stream(c.seed, step, "dropout").initial_seed())
+            torch.manual_seed(data.stream(c.seed, step, f"dropout{RANK or ''}").initial_seed())
         losses = []
         for rows in micro_batches(len(batch.x0), c.micro_batch):
             total, part = objective(*batch.rows(rows), weight[rows])
@@ -487,7 +497,9 @@ def train(
         ema.update(step + 1)
         if dro_reference:
             with torch.no_grad():
-                totals = dro.totals(losses - reference_loss(*batch)[0], batch.labels % c.classes)
+                reference = [reference_loss(*batch.rows(rows))[0]
+                             for rows in micro_batches(len(batch.x0), c.micro_batch)]
+                totals = dro.totals(losses - torch.cat(reference), batch.labels % c.classes)
             average([totals])
             dro.update(WORLD * totals)
         losses_seen.append(losses.mean())
@@ -508,21 +520,22 @@ def train(
         # Log and save. The early rule: selection ends once the learner beats the reference.
         last = step + 1 == c.steps
         if last or any(every and (step + 1) % every == 0 for every in (c.log_every, c.eval_every)):
-            if selecting and c.until_better:
+            if selecting and c.until_better and (last or (step + 1) % c.log_every == 0):
                 learner, reference = jest.seen.mean(1)
                 average([advantage := learner - reference])
                 p["selecting"] = advantage.item() > 0
             average([loss := torch.stack(losses_seen).mean()])
             loss, losses_seen, p["seconds"] = loss.item(), [], now(c) - began
-            log.append(dict(p, kind="train", loss=loss, lr=learning_rate(c, step),
+            log.append(dict(p, kind="train", selecting=selecting and p["selecting"], loss=loss,
+                            lr=learning_rate(c, step),
                             ln_sigma=batch.sigma.log().mean().item()))
             not_finite = 0 if math.isfinite(loss) else not_finite + 1
-            if not_finite == 2:
-                raise data.DataError(f"{out.name}: the loss is {loss} at two log lines running: give a lower "
-                                     "--lr, or --no-bf16; the last checkpoint is kept")
+            if not_finite == 2 or not_finite and last:
+                raise data.DataError(f"{out.name}: the loss is {loss} at step {p['step']}: give a lower --lr "
+                                     "or --no-bf16; the last checkpoint is kept")
             if RANK == 0:
                 show_progress(out.name, c, p, loss)
-            if last or time.monotonic() - saved >= c.save_every:
+            if not not_finite and (last or time.monotonic() - saved >= c.save_every):
                 save(path, c, parts, p, log, guide_path)
                 saved = time.monotonic()
             began = now(c) - p["seconds"]
@@ -574,7 +587,7 @@ class Evaluate:
     def show(self, log, step):
         """Print the metrics of a step, unguided and guided."""
         for w in dict.fromkeys((1.0, self.c.guidance)):
-            for record in self.found(log, step, w):
+            for record in self.found(log, step, w)[-1:]:
                 metrics = {key: value for key, value in record.items() if key not in fid.NOT_METRICS}
                 print(f"step {step}, {'unguided' if w == 1 else f'guidance {w:g}'}:  "
                       + "  ".join(f"{key} {value:.4f}" for key, value in metrics.items()), flush=True)
@@ -591,8 +604,7 @@ class Evaluate:
             data.progress(f"evaluating, guidance {w:g}")
             x, metrics = self.draw(guide.autoguided(self.main, self.guide, w))
             if w == 1 and c.kind == "tree":
-                metrics["score_error"] = fid.score_error(
-                    self.main, self.dataset, P_mean=c.P_mean, P_std=c.P_std)
+                metrics["score_error"] = fid.score_error(self.main, self.dataset, **c.eval_levels)
             if w == 1 and self.held_out is not None:
                 metrics["validation_loss"] = self.validation_loss()
             seconds, examples = self.guide_costs if w != 1 else (0.0, 0)
@@ -613,9 +625,10 @@ class Evaluate:
         if c.kind == "tree":
             x = torch.cat([guide.heun(denoiser, part.to(c.device), **how) for part in self.noise.split(2048)])
             return x.cpu(), fid.tree_metrics(x, self.dataset, self.real)
-        labels = torch.arange(c.eval_samples) % max(c.classes, 1) if c.net_classes else None
+        labels = data.classes_in_turn(c.class_shares, torch.arange(c.eval_samples)) if c.net_classes else None
+        batch = min(c.micro_batch or c.batch, c.eval_samples)
         x = torch.cat([data.decode(x, model_config(c)).cpu() for x in guide.generate(
-            denoiser, range(c.eval_samples), labels, min(c.batch, c.eval_samples), c.device, **how)])
+            denoiser, range(c.eval_samples), labels, batch, c.device, **how)])
         if c.metrics == "none":
             return x, {}
         fake = fid.extract(self.net, x)
@@ -623,14 +636,14 @@ class Evaluate:
 
     @torch.no_grad()
     def validation_loss(self):
-        """Mean denoising loss on held-out examples, at noise that is the same for every run."""
+        """Mean denoising loss on held-out examples, at noise that is the same for every run of this batch."""
         c, losses = self.c, []
-        how = dict(device=c.device, flip=c.flip, P_mean=c.P_mean, P_std=c.P_std)
-        batches = data.Batches(self.dataset, c.batch, 0, **how)
+        batches = data.Batches(self.dataset, c.batch, 0, c.device, flip=c.flip, **c.eval_levels)
         for step, index in enumerate(self.held_out.split(c.batch)):
             padded = torch.cat([index, index[:1].expand(c.batch - len(index))])         # one shape
             batch = batches.of(padded, step)
-            D_x = self.main(batch.x, batch.sigma, batch.labels)
+            D_x = torch.cat([self.main(part.x, part.sigma, part.labels) for part in map(
+                batch.rows, micro_batches(c.batch, c.micro_batch))])
             losses.append(model.per_example_loss(D_x, batch.x0, batch.sigma)[:len(index)])
         return torch.cat(losses).mean().item()
 
@@ -673,8 +686,8 @@ def choose_examples(c, dataset, out):
     return pool, pool[keep], held_out, seconds
 
 
-def class_counts(dataset, keep):
-    """How many examples of each class there are to train on: float32 [classes]."""
+def class_counts(dataset, keep=slice(None)):
+    """How many examples of each class there are, of those to keep: float32 [classes]."""
     return torch.bincount(dataset.labels[keep], minlength=dataset.classes).float()
 
 
@@ -716,11 +729,6 @@ def main(argv=None):
         torch.set_num_threads(1)                                # its matrices are too small for two
     out = Path(c.out)
     with alone(out) if RANK == 0 else contextlib.nullcontext():
-        if RANK == 0:
-            with data.writing(out / "config.json") as file:
-                file.write(json.dumps(vars(c), indent=1).encode())
-            print(f"{out}: {c.channels} channels, {c.steps:,} steps of {c.batch}, {c.selector} batches, "
-                  f"guide {c.guide}, {c.eval_samples:,} samples scored", file=sys.stderr)
         pool, keep, held_out, seconds = choose_examples(c, dataset, out)
         evaluate = Evaluate(c, dataset, out, held_out) if c.eval_samples and RANK == 0 else None
         if RANK == 0:
@@ -736,6 +744,11 @@ def main(argv=None):
             load_matching(reference, c)
         if c.class_weights not in (None, "dro"):
             weights = read_class_weights(c, c.class_weights, class_counts(dataset, keep))
+        if RANK == 0:
+            with data.writing(out / "config.json") as file:
+                file.write(json.dumps(vars(c), indent=1).encode())
+            print(f"{out}: {c.channels} channels, {c.steps:,} steps of {c.batch}, {c.selector} batches, "
+                  f"guide {c.guide}, {c.eval_samples:,} samples scored", file=sys.stderr)
 
         # The guide; with DRO it is also the reference, and then sees the whole pool. A proxy finds the class
         # weights against it.

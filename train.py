@@ -131,7 +131,8 @@ def build_parser():
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The settings of a run: flags, else those of the run in that folder, else the preset and the data.
+# The settings of a run: what the flags say, else the preset and the data. Where a run goes on, what no start
+# has said stays as it was at first, whatever the presets say now.
 
 MACHINE = {"data", "out", "device", "bf16", "compile", "micro_batch"}   # may differ where a run goes on
 MAY_CHANGE = MACHINE | {"steps", "log_every", "save_every", "eval_every", "eval_samples", "sampling_steps",
@@ -153,7 +154,7 @@ def settings(argv=None):
     if RANK == 0:
         print(*dataset.report, sep="\n", file=sys.stderr)
 
-    # The preset's values become defaults, then those of the run in this folder.
+    # The preset's values become defaults, then those with which the run in this folder began.
     tree, cuda = dataset.kind == "tree", args.device.startswith("cuda")
     preset = dataset.kind if dataset.kind in PRESETS else "32" if dataset.shape[-1] <= 32 else "64"
     parser.set_defaults(**PRESETS[preset], bf16=cuda and not tree, compile=cuda)
@@ -163,8 +164,8 @@ def settings(argv=None):
     if (out / "config.json").exists():
         with data.reading(out / "config.json", "the settings of a run"):
             old = json.loads((out / "config.json").read_text())
-            began = set(vars(args)) - MACHINE - (set(old["flags"]) - MAY_CHANGE)
-            parser.set_defaults(**{key: old[key] for key in began & set(old)})
+            never_given = set(vars(args)) - set(old["flags"]) - MACHINE
+            parser.set_defaults(**{key: old[key] for key in never_given & set(old)})
     c = parser.parse_args(argv)
     c.out, c.flags = str(out), flags
     c.eval_levels = {key: PRESETS[preset][key] for key in ("P_mean", "P_std")}  # whatever is trained on
@@ -196,7 +197,7 @@ def settings(argv=None):
         c.guide_steps = min(512, math.ceil(c.steps / 8)) if c.guide == "snapshot" else 1024
     c.guide_steps = c.guide_steps or math.ceil(c.steps / 8)
     c.guide_channels, c.guide_batch = c.guide_channels or math.ceil(c.channels / 2), c.guide_batch or c.batch
-    if c.guided_targets != 1 and "guidance" not in flags and not old:
+    if c.guided_targets != 1 and "guidance" not in flags:
         c.guidance = 1.0                                        # the network itself is the guided denoiser
     c.bf16, c.compile = model.able(c.device, c.bf16, c.compile)
     c.super_batch = round(c.batch / (1 - c.filter))             # B = b / (1 - filter ratio)

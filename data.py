@@ -124,16 +124,30 @@ def parser(description, usage):
                                    allow_abbrev=False, formatter_class=lambda prog: Help(prog, width=110))
 
 
+def given_flags(parser, argv=None):
+    """{name: value} of the flags that argv (None: the command line) holds."""
+    nothing = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args(argv))))
+    return {name: x for name, x in vars(parser.parse_args(argv, nothing)).items() if x is not None}
+
+
+def refuse_unused(given, rows):
+    """DataError for a flag that would do nothing; rows of (whether what it needs is there, what, flags)."""
+    for there, what, flags in rows:
+        for flag in flags.split():
+            if given.get(flag) and not there:
+                raise DataError(f"--{flag.replace('_', '-')} needs {what}")
+
+
 def command(run):
     """Call run(); what the user can mend becomes one line on stderr and exit status 2, Ctrl-C status 130."""
     try:
         return run()
     except torch.OutOfMemoryError:
-        why, status = "error: out of device memory: give a smaller --batch or --micro-batch", 2
+        why, status = "error: out of device memory: smaller --batch or --micro-batch, or --device cpu", 2
     except (DataError, OSError) as error:
         why, status = f"error: {error}", 2
     except KeyboardInterrupt:
-        why, status = "stopped; the same command goes on from what is saved", 130
+        why, status = "stopped; a training run goes on with the same command", 130
     print(why, file=sys.stderr)
     raise SystemExit(status)
 
@@ -433,9 +447,9 @@ def load(path, size=None):
         key = hashlib.sha256(repr((CACHE_VERSION, str(path.resolve()), size, stamp)).encode()).hexdigest()
         cached = cache / f"{key[:32]}.pt"
         if not cached.exists():
+            output(cached)
             is_npz = path.suffix.lower() == ".npz"
             found = _npz(path, size) if is_npz else _images(_members(path, files), size)
-            output(cached)
             with writing(cached) as file:
                 torch.save(vars(found), file)
     with reading(cached, "a cached data set (delete it)"):
@@ -456,7 +470,8 @@ def _dataset(x, labels, names=None, report=(), **more):
     if labels is not None:
         labels = np.asarray(labels)
         if labels.shape != (len(x),) or labels.dtype.kind not in "iu" or labels.min() < 0:
-            raise ValueError(f"`labels` is {labels.dtype} {list(labels.shape)}, wanted numbers [{len(x)}]")
+            raise ValueError(f"`labels` is {labels.dtype} {list(labels.shape)}, "
+                             f"wanted numbers from 0 on [{len(x)}]")
         if names and labels.max() >= len(names):
             raise ValueError(f"label {labels.max()} is none of {len(names)} class names")
         present, labels, counts = np.unique(labels, return_inverse=True, return_counts=True)
@@ -638,15 +653,19 @@ def _npz(path, size):
     with np.load(path, allow_pickle=False) as file:
         kind = "latent" if "latents" in file else "image"
         x, labels = file[f"{kind}s"], file["labels"] if "labels" in file else None
-        names = file["class_names"].tolist() if "class_names" in file else None
+        names = file["class_names"] if "class_names" in file else None
         moments = np.stack([file["mean"], file["std"]]) if "mean" in file and "std" in file else None
     if x.ndim != 4 or not x.size or not (x.dtype.kind == "f" if kind == "latent" else x.dtype == np.uint8):
         raise ValueError(f"`{kind}s` is {x.dtype} {list(x.shape)}, "
                          "wanted uint8 images or float latents [N, C, H, W]")
+    if names is not None:
+        if names.ndim != 1 or names.dtype.kind != "U" or len(set(names.tolist())) < len(names):
+            raise ValueError(f"`class_names` is {names.dtype} {list(names.shape)}, wanted K different texts")
+        names = names.tolist()
     if kind == "image":
-        x = x if x.shape[1] == 3 else x.transpose(0, 3, 1, 2)
-        if x.shape[1] != 3:
+        if 3 not in (x.shape[1], x.shape[3]):
             raise ValueError(f"`images` is {list(x.shape)}, wanted three channels")
+        x = x if x.shape[1] == 3 else x.transpose(0, 3, 1, 2)
         return _dataset(_resized(x, size), labels, names)
     if size or not np.isfinite(x).all():
         raise ValueError("--size is for images" if size else "`latents` holds NaN or infinite values")
@@ -662,8 +681,11 @@ def _npz(path, size):
 # A long-tailed subset: with K classes, class c keeps n_max R^(-c / (K - 1)) examples, R = head over tail.
 
 def long_tail(labels, ratio, seed=0):
-    """Sorted indices (LongTensor) of such a subset of labels [N], random within a class; ratio R >= 1."""
-    K, most, kept = int(labels.max()) + 1, int(torch.bincount(labels).max()), []
+    """Sorted indices (LongTensor) of such a subset of labels [N], random within a class; ratio R >= 1. n_max
+    is the most for which every class that there is has enough."""
+    counts, kept = torch.bincount(labels).tolist(), []
+    K = len(counts)
+    most = min(n * ratio ** (c / max(K - 1, 1)) for c, n in enumerate(counts) if n)
     for c in range(K):
         members = torch.nonzero(labels == c)[:, 0]
         n = max(1, round(most * ratio ** (-c / max(K - 1, 1))))

@@ -192,8 +192,10 @@ def network(name, device="cpu", weights=None):
         net = Pixels()
     elif name == "inception":
         path = weights or os.environ.get("FID_INCEPTION_WEIGHTS")
-        what = "the FID Inception weights (give them by --inception-weights, or use --features own:CKPT)"
+        what = ("the FID Inception weights (give them in $FID_INCEPTION_WEIGHTS or by fid.py "
+                "--inception-weights, or use own:CKPT)")
         with data.reading(path or WEIGHTS_URL, what):
+            name = _named("inception", path) if path else name
             state = (model.load_checkpoint(path) if path else
                      torch.hub.load_state_dict_from_url(WEIGHTS_URL, map_location="cpu", progress=False,
                                                         check_hash=True, weights_only=True))
@@ -202,22 +204,28 @@ def network(name, device="cpu", weights=None):
             net.load_state_dict(_fold_batch_norms(state), assign=True)
     elif kind == "own":
         with data.reading(path, "a classifier (fid.py --fit)"):
-            name = f"own:{hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]}"
-            file = model.load_checkpoint(path)
+            name, file = _named("own", path), model.load_checkpoint(path)
             with torch.device("meta"):
                 net = Classifier(len(file["class_names"]), file["width"])
             net.load_state_dict(file["model"], assign=True)
             if not all(t.isfinite().all() for t in file["model"].values()):
                 raise ValueError("its weights are not finite")
     else:
-        raise data.DataError(f"--features {name}: give inception, own:CKPT or pixels")
+        raise data.DataError(f"features {name}: give inception, own:CKPT or pixels")
     net.id, net.device, net.size = name, torch.device(device), file["size"] if kind == "own" else None
     return net.to(net.device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
+def _named(kind, path):
+    """The id of a network from a file: "KIND:HASH", or "inception" for the published weights."""
+    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return kind if WEIGHTS_URL.endswith(f"-{digest[:8]}.pth") else f"{kind}:{digest[:12]}"
+
+
 def distance_name(id):
     """What the Fréchet distance of a network's features is called; only that of Inception's is the FID."""
-    return "FID" if id == "inception" else f"FD({id.partition(':')[0]})"
+    kind = id.partition(":")[0]
+    return "FID" if kind == "inception" else f"FD({kind})"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -444,7 +452,7 @@ def score_error(denoiser, tree, n=16384, seed=0, P_mean=-2.3, P_std=1.5):
 AXES = {"examples": "examples trained on (other_examples: those of guides and proxies, beside them)",
         "seconds": "seconds of training, those of guides and proxies included"}
 NOT_METRICS = {"kind", "step", "seconds", "examples_trained", "examples_drawn", "selecting", "snapshot",
-               "guidance", "samples", "sampling_steps", "features", "other_seconds", "other_examples"}
+               "data", "guidance", "samples", "sampling_steps", "features", "other_seconds", "other_examples"}
 
 
 def read_curves(path):
@@ -458,7 +466,8 @@ def read_curves(path):
                 if not np.isfinite(r[name]):
                     continue
                 guided = f", guided {r['guidance']:g}" if r["guidance"] != 1 else ""
-                how = f"{r['features']}, {r['samples']} samples, {r['sampling_steps']} steps"
+                how = (f"{r['features']}, {r['samples']} samples, {r['sampling_steps']} steps, "
+                       f"data {r['data']}")
                 column = f"{name}{guided} ({how})"
                 curve = curves.setdefault(column, {"examples": {}, "seconds": {}})
                 curve["examples"][r["examples_trained"]] = r[name]
@@ -484,7 +493,7 @@ def compare(paths, out="compare.svg", metric=None):
         names = ", ".join(dict.fromkeys(column.split(" (")[0] for column in columns))
         raise data.DataError(f"--metric {metric}: the runs have {names}")
     for axis, words in AXES.items():
-        x = min(max(curve[axis]) for curves in every for curve in curves.values())
+        x = min(max(max(curve[axis]) for curve in curves.values()) for curves in every)
         rows = [["arm", "runs", *columns], ["---"] * (2 + len(columns))]
         for arm, runs in arms.items():
             rows.append([arm, str(len(runs))])
@@ -502,11 +511,13 @@ def compare(paths, out="compare.svg", metric=None):
 
 
 def _mean_at(x, curves):
-    """Mean ± std at x of curves [2, n], linear in between; else from where on there are any."""
+    """Mean ± std at x of curves [2, n], linear in between; else from or until where there are any."""
     values = [np.interp(x, *curve) for curve in curves if curve[0, 0] <= x <= curve[0, -1]]
+    if not values and curves:
+        first, last = min(curve[0, 0] for curve in curves), max(curve[0, -1] for curve in curves)
+        return f"from {first:,.4g} on" if first > x else f"until {last:,.4g}"
     if not values:
-        first = min((curve[0, 0] for curve in curves), default=None)
-        return "" if first is None else f"from {f'{first:,.1f}'.removesuffix('.0')} on"
+        return ""
     spread = f" ± {np.std(values, ddof=1):.2g}" if len(values) > 1 else ""
     fewer = f" ({len(values)} of {len(curves)})" if len(values) < len(curves) else ""
     return f"{np.mean(values):.4g}{spread}{fewer}"
@@ -575,7 +586,15 @@ def build_parser():
 
 def main(argv=None):
     """Carry out the command."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args, scoring = parser.parse_args(argv), "REAL and FAKE to score"
+    data.refuse_unused(data.given_flags(parser, argv), [
+        (args.fit, "--fit", "epochs width seed"), (args.compare, "--compare", "metric out"),
+        (not args.compare, "images", "size"), (not (args.fit or args.compare), scoring, "features"),
+        (args.features == "inception" and not (args.fit or args.compare), "--features inception",
+         "inception_weights")])
+    if not args.out.endswith(".svg"):
+        raise data.DataError(f"--out {args.out}: the chart is an .svg")
     if len(args.paths) < 1 if args.compare else len(args.paths) != (1 if args.fit else 2):
         raise data.DataError(f"{len(args.paths)} paths given: REAL and FAKE are scored; --fit takes one data "
                              "set, --compare one or more run folders")

@@ -71,8 +71,8 @@ def heun(denoiser, noise, labels=None, steps=32, sigma_min=0.002, sigma_max=80.0
 
 # ------------------------------------------------------------------------------------------------------------
 # Samples by seed: noise is drawn on the CPU, one generator a sample. Batches have one size (a multiple of 16;
-# the last is padded): one compiled graph, and the same sample to the last bit whatever the batch, since matrix
-# kernels round differently for few rows.
+# the last is padded): one compiled graph, and the same sample to the last bit whatever the batch, since
+# matrix kernels round differently for few rows.
 
 def generate(denoiser, seeds, labels=None, batch=256, device="cpu", **sampler):
     """Yield samples [<= batch, ...] for seeds [N] and labels int64 [N] or None; `sampler` goes to `heun`."""

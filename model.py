@@ -379,10 +379,10 @@ def checkpoint_of(path):
 
 def load_checkpoint(path, device="cpu"):
     """The dictionary in a checkpoint file or run folder. ValueError where a checksum of the archive does not
-    hold, or its tensors claim more bytes than the file has (a view of one number may have any size); any other
-    exception means that it is none, too."""
+    hold, or its tensors claim more bytes than the file has (a view of one number may have any size); any
+    other exception means that it is none, too."""
     path = checkpoint_of(path)
-    archive = zipfile.is_zipfile(path)                          # not before torch 1.6: FID's Inception weights
+    archive = zipfile.is_zipfile(path)                          # not before torch 1.6, as FID's weights
     if archive and (damaged := zipfile.ZipFile(path).testzip()):
         raise ValueError(f"{damaged} is damaged")
     checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=archive)

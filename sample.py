@@ -45,18 +45,18 @@ def build_parser():
 # The denoiser that is sampled: the main model, guided where its run was evaluated so, or as the flags say.
 
 def load(args):
-    """-> (the denoiser for `guide.heun`, the main model's configuration)."""
+    """-> (the denoiser for `guide.heun`, the main model's configuration, labels)."""
     path = model.checkpoint_of(args.checkpoint)
     with data.reading(path, "a denoiser of this program"):
         main = model.load_denoiser(path, args.ema, args.device)
-    config = main.config
+        config, labels = main.config, labels_of(args, main.config)
     own = config["guide"] and Path(path).parent / config["guide"]
     weak_path = model.checkpoint_of(args.guide or own or "")
     w = config["guidance"] if args.guidance is None else args.guidance
     if w == 1 and args.guidance is None and (args.guide or args.interval != [0.0, math.inf]):
         raise data.DataError("--guide and --interval need a --guidance: this run was evaluated without")
     if w == 1:
-        return guide.autoguided(main), config
+        return guide.autoguided(main), config, labels
     if not os.path.exists(weak_path):
         raise data.DataError(f"guidance {w:g} needs a guide, and {weak_path or 'the one of this run'} is not "
                              "there: give --guide, or --guidance 1")
@@ -64,7 +64,7 @@ def load(args):
         weak = model.load_denoiser(weak_path, device=args.device)
         if weak.class_names != main.class_names:
             raise ValueError(f"it has other classes ({', '.join(weak.class_names[:5])})")
-        return guide.autoguided(main, weak, w, args.interval), config
+        return guide.autoguided(main, weak, w, args.interval), config, labels
 
 
 def labels_of(args, config):
@@ -91,8 +91,8 @@ def main(argv=None):
         raise data.DataError(f"--out {args.out}: give a .png, an .npz or a folder")
     if args.interval[0] > args.interval[1]:
         raise data.DataError("--interval: give the lower level first")
-    denoiser, config = load(args)
-    labels, kind, parts = labels_of(args, config), config["kind"], []
+    denoiser, config, labels = load(args)
+    kind, parts = config["kind"], []
     if not suffix and kind != "image":
         raise data.DataError(f"--out {args.out}: a folder holds images; give an .npz for {kind} samples")
     seeds = range(args.seed, args.seed + args.n)
@@ -118,7 +118,7 @@ def main(argv=None):
                 np.savez(file, **{name: samples.numpy()}, **known)
             elif kind == "tree":
                 data.density_picture(samples).save(file, format="PNG")
-            else:                                               # a column a class, or a square
+            else:                                               # a column a class (of one size), or a square
                 columns = min(len(config["class_names"]), 20) * (args.class_name is None)
                 columns = columns or round(args.n ** 0.5)
                 data.image_grid(samples, columns).save(file, format="PNG")

@@ -898,6 +898,7 @@ def test_the_whole_pipeline_on_images(tmp_path, capsys):
     assert again.out.startswith(f"step 4, unguided:  FD(pixels) {unguided['FD(pixels)']:.4f}  precision")
     for more in "none", "pixels --eval-samples 5", "pixels --guidance 2", "none":       # the last is there
         _train(flags, more, out=run)
+        assert _load(run)["model_config"]["guidance"] == (2 if "2" in more else 1.6)    # for sample.py
     found = [(r["features"], r["samples"], r["guidance"]) for r in _records(run, "eval")[2:]]
     assert found == [("none", 10, 1), ("none", 10, 1.6), ("pixels", 5, 1), ("pixels", 5, 1.6),
                      ("pixels", 10, 1), ("pixels", 10, 2)]
@@ -1363,6 +1364,9 @@ DATA_BAD = [                    # what is loaded, the files there (or names of i
     ("d", data_under("a", data_edm()) | {"0.png": DATA_PNG[0]}, "a/dataset.json does not lie on top"),
     ("d", data_under("a", data_edm()) | data_edm(), "2 dataset.json"),
     ("d.npz", dict(latents=DATA_Z * np.nan), "NaN"), ("d.npz", dict(images=DATA_X, labels=[0]), "int64 [1]"),
+    ("d.npz", dict(images=DATA_X, labels=[-1] * 6), "from 0 on"),
+    ("d.npz", dict(images=DATA_X[:, :2]), "[6, 2, 8, 8], wanted three"),
+    ("d.npz", dict(images=DATA_X, labels=[0] * 6, class_names=["a", "a"]), "K different"),
 ]
 
 
@@ -1444,6 +1448,8 @@ def test_long_tail_counts():
     kept, other = (data.long_tail(labels, 16, seed=seed) for seed in (1, 2))
     assert torch.bincount(labels[kept]).tolist() == [200, 100, 50, 25, 12]
     assert torch.equal(kept, kept.unique()) and not torch.equal(kept, other)
+    labels = torch.tensor([0, 1, 3]).repeat_interleave(torch.tensor([90, 12, 30]))      # class 1 limits n_max
+    assert torch.bincount(labels[data.long_tail(labels, 8)]).tolist() == [24, 12, 0, 3]
 
 
 def test_group_dro_by_hand():
@@ -1577,6 +1583,7 @@ def test_inception_is_the_published_network_and_refuses_other_files(tmp_path):
         for block in blocks.split():
             x = torch.cat([_fid_naive_line(state, x, f"Mixed_{block}.branch", names) for names in lines], 1)
     features, x = fid.extract(fid.network("inception", weights=path), images), x.mean((2, 3))
+    assert fid.network("inception", weights=path).id.startswith("inception:")   # not the published ones
     assert features.dtype == torch.float32 and (features - x).abs().max() < 1e-4 * x.abs().max()
     less = {key: value for key, value in state.items() if "6b.branch1x1" not in key}
     for content in [1, 2], less, state | {f"more.{key}": value for key, value in state.items()}:
@@ -1685,8 +1692,9 @@ def test_data_features_are_computed_once_per_data_and_network(tmp_path, monkeypa
 
 @pytest.mark.parametrize("argv, message", [
     ("d.npz", "1 paths"), ("--compare", "0 paths"), ("--fit own.pt --compare d.npz", "not allowed"),
-    ("--fit own.pt d.npz", "20 or more"), ("d.npz d.npz --features vgg", "--features vgg"),
-    ("absent d.npz", "absent"), ("d.npz d.npz", "--inception-weights"), ("--compare d.npz", "not a run")])
+    ("--fit own.pt d.npz", "20 or more"), ("d.npz d.npz --features vgg", "features vgg"),
+    ("absent d.npz", "absent"), ("d.npz d.npz", "--inception-weights"), ("--compare d.npz", "not a run"),
+    ("d.npz d.npz --epochs 3", "--epochs needs --fit"), ("--compare d.npz --out c.png", "c.png: the chart")])
 def test_what_does_not_fit_together_is_one_line(tmp_path, monkeypatch, capsys, argv, message):
     monkeypatch.setenv("FID_INCEPTION_WEIGHTS", "d.npz")        # which holds none
     monkeypatch.chdir(tmp_path)
@@ -1722,7 +1730,7 @@ def test_score_error_is_zero_for_the_exact_denoiser_and_the_closed_form_for_a_bi
 def _fid_log(folder, *points, **how):
     """A run folder with an evaluation at each (step, distance): 10 examples and 0.1 seconds a step."""
     how = dict(kind="eval", step=1, other_seconds=0.0, other_examples=0, guidance=1.0, samples=64,
-               sampling_steps=4, features="pixels") | how
+               sampling_steps=4, features="pixels", data="1a") | how
     records = [how | {"seconds": s / 10, "examples_trained": 10 * s, "FD(pixels)": y} for s, y in points]
     folder.mkdir()
     (folder / "log.jsonl").write_text("\n".join(map(json.dumps, [{"kind": "train", "loss": 1}, *records])))
@@ -1738,7 +1746,7 @@ def test_compare_interpolates_counts_guides_averages_seeds_and_draws_each_arm(tm
             _fid_log(tmp_path / "a-s1", (10, 3), (20, 2), (30, 5)),
             _fid_log(tmp_path / "<b&>-s0", (10, 4), (25, 1), other_seconds=1, other_examples=50)]
     _, out, _ = _fid_run(capsys, "--compare", *runs, "--out", tmp_path / "c.svg")
-    rows, how = _fid_rows(out), " (pixels, 64 samples, 4 steps)"
+    rows, how = _fid_rows(out), " (pixels, 64 samples, 4 steps, data 1a)"
     assert rows[0] == rows[5] == ["arm", "runs", "FD(pixels)" + how, "other_examples" + how]
     assert "At 250 examples" in out and "At 3 seconds" in out   # the least of the last evaluations
     assert [rows[2], rows[7]] == [["a", "2", "3 ± 0.71", "0 ± 0"], ["a", "2", "4 ± 1.4", "0 ± 0"]]
@@ -1755,8 +1763,15 @@ def test_compare_interpolates_counts_guides_averages_seeds_and_draws_each_arm(tm
     assert "no evaluations" in _fid_run(capsys, "--compare", _fid_log(tmp_path / "none"))[2]
 
 
-@pytest.mark.parametrize("key", ["features", "guidance", "samples", "sampling_steps"])
+@pytest.mark.parametrize("key", ["features", "guidance", "samples", "sampling_steps", "data"])
 def test_compare_keeps_what_was_evaluated_differently_apart(tmp_path, key):
     runs = [_fid_log(tmp_path / f"a-s{i}", (10, i), **{"guidance": 3, key: i}) for i in (2, 4)]
     head, _, row = _fid_rows(fid.compare(runs, tmp_path / "c.svg"))[:3]
     assert len(set(head)) == 6 and sorted(row) == ["0", "0", "2", "2", "4", "a"]
+
+
+def test_compare_says_where_a_column_ends(tmp_path):
+    early, late = (_fid_log(tmp_path / f"{n}", *points, samples=n) for n, points in (
+        (8, [(10, 1)]), (64, [(10, 5), (30, 2)])))
+    (late / "log.jsonl").write_text("\n".join((run / "log.jsonl").read_text() for run in (early, late)))
+    assert sorted(_fid_rows(fid.compare([late], tmp_path / "c.svg"))[2][2:]) == ["0", "2", *2 * ["until 100"]]

@@ -145,9 +145,7 @@ WORDS = {None, "train", "snapshot", "none", "dro", "inverse", "pixels", "incepti
 def settings(argv=None):
     """-> (c, a namespace of plain values; the data set). Prints what was found before anything is refused."""
     parser = build_parser()
-    given = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([]))))    # None: not given
-    flags = {key: value for key, value in vars(parser.parse_args(argv, given)).items() if value is not None}
-    args = parser.parse_args(argv)
+    flags, args = data.given_flags(parser, argv), parser.parse_args(argv)
     dataset = (data.load(args.data, args.size) if args.data else data.Tree("A")).to(args.device)
     name = Path(args.data).resolve().name.split(".")[0] if args.data else "tree"
     out = Path(args.out or f"runs/{name}-{args.selector}")
@@ -208,23 +206,20 @@ def settings(argv=None):
 def refuse(c, examples):
     """DataError for what no flag can know alone."""
     tree, part = c.kind == "tree", (c.micro_batch or 1) * WORLD
-    for there, what, flags in [
-            (c.selector != "uniform", "--selector jest or ajest",
-             "filter chunks score invert gain debias early_steps until_better after"),
-            (c.selector == "jest", "--selector jest (the reference of ajest is the --guide)", "reference"),
-            (c.early_steps or c.until_better, "--early-steps or --until-better", "after"),
-            (not c.debias, "a draw in parts, and --debias draws once", "chunks"),
-            (c.keep, "--keep", "prune prune_features"),
-            (c.prune != "random", "--prune gaussian, knn or moderate", "prune_features"),
-            (c.class_weights == "dro", "--class-weights dro", "eta"),
-            (c.guide == "train" or c.class_weights == "dro", "--guide train", "guide_channels guide_batch"),
-            (not tree, "--data", "size blocks dropout keep class_weights holdout imbalance metrics"),
-            (c.classes, f"labels: {c.data} has none", "class_weights imbalance"),
-            (c.guide != "none" or c.guided_targets == 1, "a --guide", "guided_targets"),
-            (c.guide != "none" or c.guidance == 1, "a --guide", "guidance")]:
-        for flag in flags.split():
-            if c.flags.get(flag) and not there:
-                raise data.DataError(f"--{flag.replace('_', '-')} needs {what}")
+    data.refuse_unused(c.flags, [
+        (c.selector != "uniform", "--selector jest or ajest",
+         "filter chunks score invert gain debias early_steps until_better after"),
+        (c.selector == "jest", "--selector jest (the reference of ajest is the --guide)", "reference"),
+        (c.early_steps or c.until_better, "--early-steps or --until-better", "after"),
+        (not c.debias, "a draw in parts, and --debias draws once", "chunks"),
+        (c.keep, "--keep", "prune prune_features"),
+        (c.prune != "random", "--prune gaussian, knn or moderate", "prune_features"),
+        (c.class_weights == "dro", "--class-weights dro", "eta"),
+        (c.guide == "train" or c.class_weights == "dro", "--guide train", "guide_channels guide_batch"),
+        (not tree, "--data", "size blocks dropout keep class_weights holdout imbalance metrics"),
+        (c.classes, f"labels: {c.data} has none", "class_weights imbalance"),
+        (c.guide != "none" or c.guided_targets == 1, "a --guide", "guided_targets"),
+        (c.guide != "none" or c.guidance == 1, "a --guide", "guidance")])
     for wrong, why in [
         ((c.selector == "ajest" or c.class_weights == "dro") and c.guide in ("none", "snapshot"),
          "--selector ajest and --class-weights dro need a --guide from the start: train, or a checkpoint"),
@@ -310,12 +305,12 @@ def save(path, c, parts, progress, log, guide_path=None):
 
 
 def restore(path, c, parts):
-    """-> (progress, log) of the checkpoint at `path`, whose state the parts take over."""
+    """-> (progress, log, model_config) of the checkpoint at `path`, whose state the parts take over."""
     with data.reading(path, RESUMED):
         checkpoint = model.load_checkpoint(path, c.device)
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
-        return dict(checkpoint["progress"]), list(checkpoint["log"])
+        return dict(checkpoint["progress"]), list(checkpoint["log"]), checkpoint["model_config"]
 
 
 def cost_of(path):
@@ -436,10 +431,13 @@ def train(
         reference_loss = model.accelerate(load_matching(dro_reference, c).loss, device, c.bf16, c.compile)
     p, log = dict(step=0, seconds=0.0, examples_trained=0, examples_drawn=0, selecting=True, snapshot=False,
                   other_seconds=costs[0], other_examples=costs[1]), []
+    old = None
     if path.exists():
-        p, log = restore(path, c, parts)
+        p, log, old = restore(path, c, parts)
     if c.guide == "snapshot":
         guide_path = out / "guide.pt" if p["snapshot"] else None
+    if old and old != model_config(c, guide_path):              # another --guidance, say
+        save(path, c, parts, p, log, guide_path)
     guided_targets = bool(guide_path) and c.guided_targets != 1
     objective = make_objective(c, denoiser, load_matching(guide_path, c) if guided_targets else None)
     uniform, jest = make_selectors(c, dataset, denoiser, ema, keep, guide_path)
@@ -578,7 +576,8 @@ class Evaluate:
             self.real, features = fid.data_features(self.net, dataset, "features of the data"), self.net.id
             self.moments = fid.moments(self.real)
             fid.warn_of_few(c.eval_samples, "--eval-samples")
-        self.how = dict(features=features, samples=c.eval_samples, sampling_steps=c.sampling_steps)
+        self.how = dict(features=features, data=c.fingerprint[:8], samples=c.eval_samples,
+                        sampling_steps=c.sampling_steps)
 
     def found(self, log, step, guidance):
         """The records of such an evaluation in the log: with these features, samples and Heun steps."""

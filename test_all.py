@@ -753,6 +753,7 @@ BAD_FLAGS = [                                                   # the message na
     "--class-weights dro", "--flip", "--micro-batch 7", "--early-steps 5", "--data d.npz --holdout 60",
     "--data d.npz --size 12", "--data plain.npz --class-weights inverse", "--data /no/such/place",
     "--score hard", "--data d.npz --prune knn", "--data d.npz --eta 1", "--size 8",
+    "--reference reference --selector jest --score hard",
     "--steps 9 --guide-steps 10",
     "--filter 1", "--steps 1.5", "--device abacus", "--guided-targets 0.5", "--no-such-flag",
     "--data d.npz --guide large.npz", "--data d.npz --size 16 --guide other", "--data d.npz --guide other",
@@ -839,7 +840,7 @@ def test_costs_of_what_a_run_needed_are_added():
     for more, main, guided in [
             ("--guide snapshot", 0, 0), ("--guide train", 0, 8), (f"--guide {reference}", 0, 8),
             (f"--selector ajest --guide {reference}", 8, 8), ("--class-weights dro", 16, 16),
-            (f"--selector jest --reference {reference}", 8, 8),
+            (f"--selector jest --reference {reference}", 8, 8), ("--selector ajest --score hard", 0, 8),
             (f"--guided-targets 2 --guide {ajest}", 16, 16)]:
         records = _records(run := _train(flags, more), "eval")
         assert [r["guidance"] for r in records] == [1, 2]

@@ -199,6 +199,7 @@ def settings(argv=None):
         c.guidance = 1.0                                        # the network itself is the guided denoiser
     c.bf16, c.compile = model.able(c.device, c.bf16, c.compile)
     c.super_batch = round(c.batch / (1 - c.filter))             # B = b / (1 - filter ratio)
+    c.compares = c.until_better or c.score in ("learnability", "easy")      # asks for the reference's losses
     refuse(c, len(dataset) if not tree else math.inf)
     return c, dataset
 
@@ -210,6 +211,7 @@ def refuse(c, examples):
         (c.selector != "uniform", "--selector jest or ajest",
          "filter chunks score invert gain debias early_steps until_better after"),
         (c.selector == "jest", "--selector jest (the reference of ajest is the --guide)", "reference"),
+        (c.compares, "--score learnability or easy, or --until-better", "reference"),
         (c.early_steps or c.until_better, "--early-steps or --until-better", "after"),
         (not c.debias, "a draw in parts, and --debias draws once", "chunks"),
         (c.keep, "--keep", "prune prune_features"),
@@ -367,8 +369,8 @@ def make_selectors(c, dataset, denoiser, ema, keep, guide_path):
     batches, super_batches = (data.Batches(dataset, n, c.seed, **how) for n in (c.batch, c.super_batch))
     if c.selector == "uniform":
         return select.Uniform(batches), None
-    if c.score in ("hard", "gradient-norm") and not c.until_better:
-        reference = None                                        # nothing asks for its losses
+    if not c.compares:
+        reference = None
     elif c.selector == "ajest" or c.reference:
         reference = load_matching(guide_path if c.selector == "ajest" else c.reference, c)
     else:                                                       # the learner's EMA, whose tensors it shares
@@ -754,7 +756,8 @@ def main(argv=None):
         # weights against it.
         if c.guide == "train":
             guide_path = stage(c, dataset, out / "guide", pool if c.class_weights == "dro" else keep)
-        if guide_path and (c.selector == "ajest" or c.class_weights == "dro" or c.guided_targets != 1):
+        chosen_by = c.selector == "ajest" and c.compares
+        if guide_path and (chosen_by or c.class_weights == "dro" or c.guided_targets != 1):
             needs.add(guide_path)                               # else only guided samples need it
         if c.class_weights == "dro":
             proxy = stage(c, dataset, out / "proxy", keep, dro_reference=guide_path)

@@ -492,9 +492,12 @@ def compare(paths, out="compare.svg", metric=None):
     if drawn is None:
         names = ", ".join(dict.fromkeys(column.split(" (")[0] for column in columns))
         raise data.DataError(f"--metric {metric}: the runs have {names}")
+    names, hows = columns, {column.partition(" (")[2].rstrip(")") for column in columns}
+    if len(hows) == 1:                                          # said once, not in every column
+        names = [column.partition(" (")[0] for column in columns]
     for axis, words in AXES.items():
         x = min(max(max(curve[axis]) for curve in curves.values()) for curves in every)
-        rows = [["arm", "runs", *columns], ["---"] * (2 + len(columns))]
+        rows = [["arm", "runs", *names], ["---"] * (2 + len(names))]
         for arm, runs in arms.items():
             rows.append([arm, str(len(runs))])
             for column in columns:
@@ -505,6 +508,7 @@ def compare(paths, out="compare.svg", metric=None):
                     grid = np.linspace(low, max(low, high), 50)
                     lines[arm] = grid, np.mean([np.interp(grid, *p) for p in points], axis=0)
         table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        words += f"\n({', '.join(hows)})" * (len(hows) == 1)
         tables.append(f"At {f'{x:,.1f}'.removesuffix('.0')} {words}:\n\n{table}")
     chart(out, drawn, AXES["seconds"], lines)
     return "\n\n".join(tables)

@@ -124,10 +124,11 @@ def parser(description, usage):
                                    allow_abbrev=False, formatter_class=lambda prog: Help(prog, width=110))
 
 
-def given_flags(parser, argv=None):
-    """{name: value} of the flags that argv (None: the command line) holds."""
-    nothing = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args(argv))))
-    return {name: x for name, x in vars(parser.parse_args(argv, nothing)).items() if x is not None}
+def parse(parser, argv=None):
+    """-> (the arguments in argv or the command line, {name: value} of those that were given)."""
+    args = parser.parse_args(argv)
+    given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args)))))
+    return args, {name: value for name, value in given.items() if value is not None}
 
 
 def refuse_unused(given, rows):
@@ -706,9 +707,14 @@ PRUNING = ("gaussian", "knn", "moderate", "random")
 def prune(priority, labels, keep):
     """Sorted kept indices (LongTensor) by priority [N] and labels [N] (None: one class). `keep` in (0, 1] is
     the fraction that is kept of each class, at least one example; of equals the first."""
-    kept = [members[torch.sort(priority[members], descending=True, stable=True).indices]
-            [:max(1, round(keep * len(members)))] for members in of_classes(labels, len(priority))]
+    kept = [members[:max(1, round(keep * len(members)))] for members in ranked(priority, labels)]
     return torch.cat(kept).sort().values
+
+
+def ranked(priority, labels):
+    """The indices of each class that has examples, the best first."""
+    return [members[torch.sort(priority[members], descending=True, stable=True).indices]
+            for members in of_classes(labels, len(priority))]
 
 
 def priorities(features, labels, how="gaussian", k=5, seed=0):
@@ -861,11 +867,10 @@ def coreset_picture(dataset, pool, priority, keep, columns=8):
     of best-kept, last-kept and first-dropped images. priority [n]; `keep` are positions in the pool."""
     parts, names = [[], [], []], []
     labels = None if dataset.labels is None else dataset.labels[pool]
-    for members in of_classes(labels, len(pool))[:10]:
+    for members in ranked(priority, labels)[:10]:
         names.append("all" if labels is None else dataset.class_names[labels[members[0]]])
-        ranked = members[torch.sort(priority[members], descending=True, stable=True).indices]
         n = int(torch.isin(members, keep).sum())
-        for part, chosen in zip(parts, (ranked[:n], ranked[:n].flip(0), ranked[n:])):
+        for part, chosen in zip(parts, (members[:n], members[:n].flip(0), members[n:])):
             part.append(image_grid(dataset.x[pool[chosen[:columns]]], columns))
     return panels([panels(part, names, across=False) for part in parts],
                   ["best kept", "last kept, nearest the border first", "first dropped"])

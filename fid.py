@@ -509,19 +509,23 @@ def compare(paths, out="compare.svg", metric=None):
                     lines[arm] = grid, np.mean([np.interp(grid, *p) for p in points], axis=0)
         table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
         words += f"\n({', '.join(hows)})" * (len(hows) == 1)
-        tables.append(f"At {f'{x:,.1f}'.removesuffix('.0')} {words}:\n\n{table}")
+        tables.append(f"At {_number(x)} {words}:\n\n{table}")
     chart(out, drawn, AXES["seconds"], lines)
     return "\n\n".join(tables)
+
+
+def _number(x):
+    return f"{x:,.1f}".removesuffix(".0")
 
 
 def _mean_at(x, curves):
     """Mean ± std at x of curves [2, n], linear in between; else from or until where there are any."""
     values = [np.interp(x, *curve) for curve in curves if curve[0, 0] <= x <= curve[0, -1]]
-    if not values and curves:
-        first, last = min(curve[0, 0] for curve in curves), max(curve[0, -1] for curve in curves)
-        return f"from {first:,.4g} on" if first > x else f"until {last:,.4g}"
     if not values:
-        return ""
+        first = min((curve[0, 0] for curve in curves), default=None)
+        if first is None or first > x:
+            return f"from {_number(first)} on" if curves else ""
+        return f"until {_number(max(curve[0, -1] for curve in curves))}"
     spread = f" ± {np.std(values, ddof=1):.2g}" if len(values) > 1 else ""
     fewer = f" ({len(values)} of {len(curves)})" if len(values) < len(curves) else ""
     return f"{np.mean(values):.4g}{spread}{fewer}"
@@ -590,13 +594,12 @@ def build_parser():
 
 def main(argv=None):
     """Carry out the command."""
-    parser = build_parser()
-    args, scoring = parser.parse_args(argv), "REAL and FAKE to score"
-    data.refuse_unused(data.given_flags(parser, argv), [
+    args, given = data.parse(build_parser(), argv)
+    scores = not (args.fit or args.compare)
+    data.refuse_unused(given, [
         (args.fit, "--fit", "epochs width seed"), (args.compare, "--compare", "metric out"),
-        (not args.compare, "images", "size"), (not (args.fit or args.compare), scoring, "features"),
-        (args.features == "inception" and not (args.fit or args.compare), "--features inception",
-         "inception_weights")])
+        (not args.compare, "images", "size"), (scores, "REAL and FAKE to score", "features"),
+        (scores and args.features == "inception", "--features inception", "inception_weights")])
     if not args.out.endswith(".svg"):
         raise data.DataError(f"--out {args.out}: the chart is an .svg")
     if len(args.paths) < 1 if args.compare else len(args.paths) != (1 if args.fit else 2):

@@ -145,7 +145,7 @@ WORDS = {None, "train", "snapshot", "none", "dro", "inverse", "pixels", "incepti
 def settings(argv=None):
     """-> (c, a namespace of plain values; the data set). Prints what was found before anything is refused."""
     parser = build_parser()
-    flags, args = data.given_flags(parser, argv), parser.parse_args(argv)
+    args, flags = data.parse(parser, argv)
     dataset = (data.load(args.data, args.size) if args.data else data.Tree("A")).to(args.device)
     name = Path(args.data).resolve().name.split(".")[0] if args.data else "tree"
     out = Path(args.out or f"runs/{name}-{args.selector}")

@@ -392,9 +392,10 @@ def load_checkpoint(path, device="cpu"):
     return checkpoint
 
 
-def load_denoiser(path, ema=None, device="cpu"):
+def load_denoiser(path, ema=None, device="cpu", like=None):
     """The denoiser at `path`, a checkpoint file or a run folder, ready for sampling or as a reference.
-    `ema`: an EMA length in it, None = the first, 0 = raw weights. Any exception means that it is none."""
+    `ema`: an EMA length in it, None = the first, 0 = raw weights. `like`: (shape, number of labels, class
+    names) that it must have. Any exception means that it is none."""
     checkpoint = load_checkpoint(path, device)
     averages = checkpoint["ema"]
     length = next(iter(averages)) if ema is None else str(float(ema))
@@ -405,5 +406,9 @@ def load_denoiser(path, ema=None, device="cpu"):
     denoiser.load_state_dict({**checkpoint["model"], **({} if ema == 0 else averages[length])}, assign=True)
     if not all(tensor.isfinite().all() for tensor in denoiser.state_dict().values()):
         raise ValueError("its weights are not finite")
+    own = list(denoiser.shape), denoiser.classes, denoiser.class_names
+    if like not in (None, own):
+        words = ["{} of {} labels, {}".format(*of[:2], ", ".join(of[2][:5])) for of in (own, like)]
+        raise ValueError(f"it is for {words[0]}; wanted is one for {words[1]}")
     denoiser = denoiser.to(device).float().eval().requires_grad_(False)
     return denoiser.to(memory_format=torch.channels_last)

@@ -61,9 +61,8 @@ def load(args):
         raise data.DataError(f"guidance {w:g} needs a guide, and {weak_path or 'the one of this run'} is not "
                              "there: give --guide, or --guidance 1")
     with data.reading(weak_path, "a guide for this model"):
-        weak = model.load_denoiser(weak_path, device=args.device)
-        if weak.class_names != main.class_names:
-            raise ValueError(f"it has other classes ({', '.join(weak.class_names[:5])})")
+        like = list(main.shape), main.classes, main.class_names
+        weak = model.load_denoiser(weak_path, None, args.device, like)
         return guide.autoguided(main, weak, w, args.interval), config, labels
 
 

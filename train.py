@@ -325,13 +325,7 @@ def cost_of(path):
 def load_matching(path, c):
     """-> a trained denoiser for the same data, to guide by or to compare with; DataError where it is not."""
     with data.reading(path, "a denoiser for this data"):
-        other = model.load_denoiser(path, device=c.device)
-        theirs = list(other.shape), other.classes, other.class_names
-        ours = c.shape, c.net_classes, c.class_names
-        if theirs != ours:
-            words = ["{} of {} labels, {}".format(*of[:2], ", ".join(of[2][:5])) for of in (theirs, ours)]
-            raise ValueError(f"it is for {words[0]}; this run for {words[1]} (--size, --flip)")
-        return other
+        return model.load_denoiser(path, None, c.device, like=(c.shape, c.net_classes, c.class_names))
 
 
 # ------------------------------------------------------------------------------------------------------------

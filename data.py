@@ -382,9 +382,11 @@ class Batches:
         P_mean=-1.2,            # of ln sigma
         P_std=1.2,
         rows=slice(None),       # the rows of the n that are wanted here (several processes)
+        purpose="",             # a word before the names of its random streams
     ):
         self.dataset, self.n, self.seed, self.device = dataset, n, seed, torch.device(device)
         self.flip, self.targets, self.P_mean, self.P_std, self.rows = flip, targets, P_mean, P_std, rows
+        self.purpose = purpose
         if dataset.kind != "tree":
             self.pool = torch.arange(len(dataset)) if pool is None else pool
 
@@ -418,7 +420,7 @@ class Batches:
         return batch
 
     def _draw(self, step, name, device="cpu"):
-        return stream(self.seed, step, name, device)
+        return stream(self.seed, step, self.purpose + name, device)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -781,12 +783,14 @@ def pixel_features(dataset, index, dims=64):
 # mixed with the uniform weights. The result is the running mean of alpha.
 
 class GroupDRO(torch.nn.Module):
-    """`weights` [classes] and `mean` [classes], their running mean, both of sum 1. A class with fewer than
-    `min_count` examples in a batch keeps its last e_c: with 0 instead, it would sink for being rare."""
+    """`weights` [classes] and `mean` [classes], their running mean, both of sum 1. eta is DoReMi's step size,
+    smoothing that of its paper (its code has 1e-4). The weights of a step are used in the next one, where
+    algorithm 1 uses its own: with micro-batches they are not known before. A class that is absent from a batch
+    keeps its last e_c: with 0 instead, it would sink for being rare."""
 
-    def __init__(self, classes, eta=0.01, smoothing=1e-3, min_count=2):
+    def __init__(self, classes, eta=1.0, smoothing=1e-3):
         super().__init__()
-        self.eta, self.smoothing, self.min_count = eta, smoothing, min_count
+        self.eta, self.smoothing = eta, smoothing
         self.register_buffer("log_weights", torch.full((classes,), -math.log(classes)))
         self.register_buffer("excess", torch.zeros(classes))
         self.register_buffer("total", torch.zeros(classes))
@@ -802,7 +806,7 @@ class GroupDRO(torch.nn.Module):
     def update(self, totals):
         """One step from the `totals` of a batch."""
         total, count = totals
-        self.excess = torch.where(count >= self.min_count, total / count.clamp(min=1), self.excess)
+        self.excess = torch.where(count > 0, total / count.clamp(min=1), self.excess)
         alpha = torch.softmax(self.log_weights + self.eta * self.excess, 0)
         alpha = (1 - self.smoothing) * alpha + self.smoothing / len(alpha)
         self.log_weights = alpha.log()

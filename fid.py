@@ -11,6 +11,7 @@ import json
 import os
 import re
 import sys
+import time
 from html import escape
 from pathlib import Path
 
@@ -328,14 +329,17 @@ def extract(net, x, label=None, batch=128):
 def data_features(net, dataset, label=None):
     """`extract` of a whole Dataset, computed once for this content and network, then read from the folder of
     cached data. Raises DataError."""
-    path = data.cache_folder() / f"features-{dataset.fingerprint[:16]}-{net.id.replace(':', '-')}.npy"
+    path = data.cache_folder() / f"features-{dataset.fingerprint[:16]}-{net.id.replace(':', '-')}.npz"
     if not path.exists():
         data.output(path)
+        start = time.monotonic()
         features = extract(net, dataset.x, label)
+        seconds = time.monotonic() - start
         with data.writing(path) as file:
-            np.save(file, features.numpy())
+            np.savez(file, features=features.numpy(), seconds=seconds)
     with data.reading(path, "features of this program (delete it)"):
-        return torch.from_numpy(np.load(path, allow_pickle=False))
+        with np.load(path, allow_pickle=False) as file:
+            return torch.from_numpy(file["features"]), float(file["seconds"])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -625,7 +629,7 @@ def main(argv=None):
     if any(known) and args.features != "inception":
         raise data.DataError(f"--features {args.features}: statistics (mu, sigma) are those of inception")
     net = network(args.features, args.device, args.inception_weights) if any(sets) else None
-    features = [dataset and data_features(net, dataset, path) for path, dataset in zip(args.paths, sets)]
+    features = [dataset and data_features(net, dataset, path)[0] for path, dataset in zip(args.paths, sets)]
     if any(known):
         both = [k or moments(f) for k, f in zip(known, features)]
         if both[0][0].shape != both[1][0].shape:

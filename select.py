@@ -1,17 +1,20 @@
-"""Which examples a step trains on: uniform batches, or JEST and AJEST, which choose from a super-batch.
+"""Which examples a training step uses: uniform batches, or JEST and AJEST, which choose from a larger batch.
 
 JEST: "Data curation via joint example selection further accelerates multimodal learning" (arXiv 2406.17711).
-AJEST is JEST whose reference is the guide of autoguidance (arXiv 2509.15267). In a loop of your own:
+AJEST is JEST with the guide of autoguidance as the reference (arXiv 2509.15267). In a loop of your own:
 
     x0, sigma, noise = draw(5 * k)                              # a super-batch
-    with torch.no_grad():                                       # the same sigma and noise for both networks
+    with torch.no_grad():                                       # both networks see the same sigma and noise
         scores = loss(learner, x0, sigma, noise) - loss(guide, x0, sigma, noise)        # per example, [5 k]
-    index = jest(scores, k)                                     # what the guide does better is chosen more
-    x0, sigma, noise = x0[index], sigma[index], noise[index]    # train on these, and with just these
+    index = jest(scores, k)                                     # prefers what the guide does better
+    x0, sigma, noise = x0[index], sigma[index], noise[index]    # train on exactly these
 
-This file has the name of a standard-library module. On interpreters that keep `select` in a shared library,
-`import subprocess` or `import socket` run from this folder would find this file: it then puts the real module
-in its own place and does nothing else. To use it, load it by path under another name, as train.py does.
+Copy `FACTORS`, `gumbel`, `finite` and `jest` with the imports of math and torch, or this file under another
+name: `select` is a standard-library module. Scores are logits, so their scale matters: a loss that is summed
+over pixels selects far harder than a loss that is averaged.
+
+On interpreters that keep the standard `select` in a shared library (pyenv, conda, macOS), `import subprocess`
+in this folder finds this file. It then puts the real module in its place. train.py loads this file by path.
 """
 if __name__ == "select":
     import importlib.util
@@ -19,36 +22,64 @@ if __name__ == "select":
     import sys
     from importlib.machinery import PathFinder
 
-    _elsewhere = [p for p in sys.path if not os.path.exists(os.path.join(p or os.curdir, "select.py"))]
-    _spec = PathFinder.find_spec("select", _elsewhere)
+    def _holds_select(folder):
+        return os.path.exists(os.path.join(folder or os.curdir, "select.py"))
+
+    _folders = [folder for folder in sys.path if not _holds_select(folder)]
+    _spec = PathFinder.find_spec("select", _folders)
     if _spec is None:
         raise ImportError("the interpreter's own select module was not found")
     sys.modules["select"] = importlib.util.module_from_spec(_spec)
     _spec.loader.exec_module(sys.modules["select"])
 else:
+    import math
+
     import torch
 
 
 # ------------------------------------------------------------------------------------------------------------
-# JEST. For a per-example loss its joint score matrix S_ij = loss_i(learner) - loss_j(reference) is separable,
-# so the conditional logits after m choices are score * (m + 1) / (2 m + 1): no B x B matrix. A chunk is drawn
-# without replacement by Gumbel-top-k: the k largest of logits + Gumbel noise.
+# JEST draws a batch in chunks. Each chunk follows the scores given the m examples chosen so far. What these
+# m add to the score of example i depends on the matrix S of pairs. For a loss without pairs JEST's own matrix
+# is diagonal, and nothing is added. The AJEST authors take S_ij = loss_i(learner) - loss_j(reference). Then the
+# sum of S_ij + S_ji over the m is m * score_i plus a term that is equal for all i. They divide it by the number
+# of terms. Either way the matrix reduces to a factor on the scores.
+
+FACTORS = {
+    "independent": lambda m: 1,                                 # JEST (2406.17711) for a loss without pairs
+    "mean": lambda m: (m + 1) / (2 * m + 1) if m else 0,        # AJEST's code; the first chunk is uniform
+    "sum": lambda m: m + 1}                                     # an early version of it: no division
+
 
 def gumbel(n, device, generator=None):
-    """Standard Gumbel noise [n]."""
-    return -torch.log(-torch.log(torch.rand(n, device=device, generator=generator)))
+    """Standard Gumbel noise, float32 [n]."""
+    uniform = torch.rand(n, device=device, generator=generator).clamp(min=1e-30)        # rand may return 0
+    return -torch.log(-torch.log(uniform))
 
 
-def jest(scores, k, chunks=16, generator=None):
-    """Choose k of B examples: scores [B] -> int64 [k], no index twice. The first chunk is uniform; where
-    `chunks` does not divide k, the last one is smaller. B, k and chunks fix every shape, so nothing here
-    waits for the device."""
-    size, logits, chosen = max(1, k // chunks), scores - scores.amax(), []
-    for m in range(0, k, size):                                 # m are chosen so far
-        slope = (m + 1) / (2 * m + 1) if m else 0.0
-        perturbed = slope * logits + gumbel(len(scores), scores.device, generator)
-        chosen.append(perturbed.topk(min(size, k - m)).indices)
-        logits = logits.index_fill(0, chosen[-1], -torch.inf)
+def finite(scores):
+    """The scores [B], with the mean of the finite ones in place of NaN and infinities."""
+    is_finite = scores.isfinite()
+    total = scores.where(is_finite, 0.0).double().sum()
+    mean = total / is_finite.sum().clamp(min=1)
+    return scores.where(is_finite, mean.to(scores.dtype))
+
+
+def jest(scores, k, chunks=16, joint="mean", generator=None):
+    """Choose k of B examples, in at most `chunks` chunks: scores [B] -> indices int64 [k], none twice.
+
+    A chunk is drawn without replacement from softmax(FACTORS[joint](m) * scores) by Gumbel-top-k: the largest
+    of logits plus Gumbel noise. No line here waits for the device.
+    """
+    logits = finite(scores)
+    logits = (logits - logits.max()).clamp(min=-1e30)           # times any factor still finite
+    chunk_size = math.ceil(k / chunks)
+    chosen = []
+    for m in range(0, k, chunk_size):                           # m examples are chosen already
+        perturbed = FACTORS[joint](m) * logits + gumbel(len(scores), scores.device, generator)
+        if m > 0:
+            perturbed = perturbed.index_fill(0, torch.cat(chosen), -math.inf)
+        chunk = perturbed.topk(min(chunk_size, k - m)).indices
+        chosen.append(chunk)
     return torch.cat(chosen)
 
 
@@ -60,40 +91,61 @@ def jest(scores, k, chunks=16, generator=None):
 def gumbel_top_k(logits, k, generator=None):
     """logits [B] -> (indices int64 [k], weights [k]): (weights * f[indices]).mean() estimates f.mean()
     without bias for any f [B]."""
-    if k >= len(logits):
-        return torch.arange(len(logits), device=logits.device), torch.ones_like(logits)
-    perturbed, order = (logits + gumbel(len(logits), logits.device, generator)).topk(k + 1)
-    included = -torch.expm1(-torch.exp(logits[order[:k]] - perturbed[k]))
-    return order[:k], (k / len(logits)) / included
+    B = len(logits)
+    if k >= B:
+        return torch.arange(B, device=logits.device), torch.ones_like(logits)
+    logits = finite(logits)
+    perturbed, order = (logits + gumbel(B, logits.device, generator)).topk(k + 1)
+    index, kappa = order[:k], perturbed[k]
+    inclusion = -torch.expm1(-torch.exp(logits[index] - kappa))
+    return index, (k / B) / inclusion
 
 
 # ------------------------------------------------------------------------------------------------------------
-# What makes an example worth training on (2406.17711, section 3.1). "gradient-norm" is ours: its softmax
-# draws in proportion to the root of the loss, up to a constant the gradient's norm at the network's output.
+# What makes an example worth training on (2406.17711, section 3.1). "root-loss" is ours: its softmax draws in
+# proportion to the gradient's norm at the network's output, which is sqrt(loss), divided by e^u where EDM2's
+# uncertainty u(sigma) divides the loss by e^u. The 0.1 bounds the weights of --debias.
 
-SCORES = {
-    "learnability": lambda learner, reference: learner - reference,
-    "hard": lambda learner, reference: learner,
-    "easy": lambda learner, reference: -reference,
-    "gradient-norm": lambda learner, reference: (learner + 0.1).log() / 2}      # 0.1 bounds the weights
+SCORES = ("learnability", "hard", "easy", "root-loss")
 
 
-def example_scores(learner, reference, kind="learnability", invert=False, gain=0.0):
-    """Scores [B] from the losses [B] of learner and reference on one sigma, noise and target. gain > 0
-    standardizes them over the super-batch and multiplies by gain; 0 leaves them as they are."""
-    scores = SCORES[kind](learner, reference)
-    scores = -scores if invert else scores
-    return gain * (scores - scores.mean()) / scores.std().clamp_min(1e-12) if gain else scores
+def example_scores(learner, reference=None, u=None, kind="learnability", invert=False, gain=0.0):
+    """Scores [B] of a super-batch; what scores higher is chosen more.
+
+    learner, reference  losses [B] on the same noise levels, noise and targets; "hard" and "root-loss" need no
+                        reference
+    u                   log-uncertainty u(sigma) [B], for "root-loss"; None = 0
+    invert              prefer low scores
+    gain                > 0 standardizes the scores over the super-batch and multiplies them by gain; 0 = raw
+    """
+    if kind == "learnability":
+        scores = learner - reference
+    elif kind == "hard":
+        scores = learner
+    elif kind == "easy":
+        scores = -reference
+    elif kind == "root-loss":
+        scores = (learner + 0.1).log() / 2
+        if u is not None:
+            scores = scores - u
+    else:
+        raise ValueError(f"score {kind}: give one of {', '.join(SCORES)}")
+    if invert:
+        scores = -scores
+    if gain > 0:
+        scores = gain * (scores - scores.mean()) / scores.std().clamp_min(1e-12)
+    return scores
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Selectors: called with a step, they return the batch to train on and its weights in the loss [b].
+# Selectors. Each is called with a step and returns the batch to train on and a weight for each example.
 
 class Uniform:
-    """Batches of b, drawn at random, all weights 1."""
+    """Random batches, all weights 1."""
 
     def __init__(self, batches):
-        self.batches, self.drawn = batches, batches.n           # batches[step] -> data.Batch
+        self.batches = batches                                  # batches[step] -> data.Batch
+        self.drawn = batches.n                                  # examples drawn per step
 
     def __call__(self, step):
         batch = self.batches[step]
@@ -101,27 +153,58 @@ class Uniform:
 
 
 class Jest:
-    """Out of super-batches of B the b examples that score best, with their noise levels, noise and targets.
-    With the guide as the reference this is AJEST."""
+    """The k best-scoring examples of a super-batch, with their noise levels, noise and targets. With the
+    guide as the reference this is AJEST."""
 
-    def __init__(self,
-        super_batches,              # super_batches[step] -> data.Batch of B
-        losses,                     # losses(batch) -> those of learner and reference [2, B], without gradient
-        k,                          # b, the examples to keep
-        stream,                     # stream(step) -> torch.Generator
-        chunks=16,                  # in which the batch is filled
-        debias=False,               # draw once, weigh by inverse inclusion probability
-        **how,                      # kind, invert, gain of `example_scores`
+    def __init__(
+        self,
+        super_batches,              # super_batches[step] -> data.Batch of B examples
+        learner_loss,               # learner_loss(batch) -> losses [B], without gradient
+        reference_loss,             # the same for the reference; None = the score needs no reference
+        k,                          # how many examples to keep
+        make_generator,             # make_generator(step) -> torch.Generator
+        chunks=16,                  # chunks in which the batch is filled
+        joint="mean",               # what chosen examples add to the scores of others: a name in FACTORS
+        debias=False,               # draw once and weigh by inverse inclusion probability
+        uncertainty=None,           # uncertainty(sigma [B]) -> u [B], for the score "root-loss"
+        kind="learnability",        # of `example_scores`, as invert and gain
+        invert=False,
+        gain=0.0,
     ):
-        self.super_batches, self.losses, self.k, self.stream = super_batches, losses, k, stream
-        self.chunks, self.debias, self.how, self.drawn = chunks, debias, how, super_batches.n
+        self.super_batches = super_batches
+        self.learner_loss = learner_loss
+        self.reference_loss = reference_loss
+        self.k = k
+        self.make_generator = make_generator
+        self.chunks = chunks
+        self.joint = joint
+        self.debias = debias
+        self.uncertainty = uncertainty
+        self.kind = kind
+        self.invert = invert
+        self.gain = gain
+        self.drawn = super_batches.n
+        self.mean_excess = None     # of the learner's loss, for --until-better
 
     def __call__(self, step):
-        batch, generator = self.super_batches[step], self.stream(step)
-        self.seen = learner, reference = self.losses(batch)     # for the rule that ends the selection
-        scores = example_scores(learner, reference, **self.how)
+        batch = self.super_batches[step]
+
+        # Score the super-batch.
+        learner = self.learner_loss(batch)
+        reference = None
+        if self.reference_loss is not None:
+            reference = self.reference_loss(batch)
+            self.mean_excess = (learner - reference).mean()
+        u = None
+        if self.uncertainty is not None:
+            u = self.uncertainty(batch.sigma)
+        scores = example_scores(learner, reference, u, self.kind, self.invert, self.gain)
+
+        # Choose k of it.
+        generator = self.make_generator(step)
         if self.debias:
             index, weight = gumbel_top_k(scores, self.k, generator)
-            return batch.rows(index), weight
-        index = jest(scores, self.k, self.chunks, generator)
-        return batch.rows(index), torch.ones_like(scores[:self.k])
+        else:
+            index = jest(scores, self.k, self.chunks, self.joint, generator)
+            weight = torch.ones_like(scores[:self.k])
+        return batch.rows(index), weight

@@ -172,31 +172,81 @@ def test_standard_library_finds_its_own_select(python):
     assert subprocess.run([python, "-c", code], cwd=HERE, env=env).returncode == 0
 
 
-def _naive_jest(learner, reference, k, chunks, generator):
-    """The published matrix form: conditional logits from S_ij = learner_i - reference_j, draw by draw."""
-    S, chosen = learner[:, None] - reference, []
+def _naive_jest(S, joint, k, chunks, generator):
+    """The matrix form, draw by draw: what the chosen add to i is the sum of S_ij + S_ji over them."""
+    chosen = []
     while len(chosen) < k:
-        rows, columns = S[:, chosen].sum(1), S[chosen].sum(0)
-        logits = (S.diagonal() + rows + columns) / (2 * len(chosen) + 1) if chosen else 0 * learner
-        p = (logits - logits.max()).exp()
-        p[chosen] = 0
-        chosen += torch.multinomial(p, min(k // chunks, k - len(chosen)), generator=generator).tolist()
+        pairs = S[:, chosen].sum(1) + S[chosen].sum(0)
+        logits = S.diagonal() + pairs
+        if joint == "mean":
+            logits = logits / (2 * len(chosen) + 1)
+            if not chosen:
+                logits = torch.zeros_like(logits)               # the authors' first chunk is uniform
+        probability = (logits - logits.max()).exp()
+        probability[chosen] = 0
+        size = min(math.ceil(k / chunks), k - len(chosen))
+        chosen += torch.multinomial(probability, size, generator=generator).tolist()
     return chosen
 
 
-def test_jest_includes_as_often_as_the_matrix_form():
-    generator, runs, k, chunks = torch.Generator().manual_seed(0), 1500, 9, 4   # chunks of two, one of one
-    learner, reference = torch.rand(2, 24, generator=generator).double() * torch.tensor([[3.0], [1.0]])
+@pytest.mark.parametrize("joint, scale", [("independent", 3.0), ("mean", 4.0), ("sum", 0.6)])
+def test_jest_includes_as_often_as_the_matrix_form(joint, scale):
+    generator = torch.Generator().manual_seed(0)
+    runs, k, chunks = 1500, 8, 3                                # two chunks of three, one of two
+    learner, reference = torch.rand(2, 24, generator=generator, dtype=torch.float64)
+    learner = learner * scale
+    reference = reference * scale / 3
+    scores = learner - reference
+    S = torch.diag(scores)                                      # JEST's own pairs: none
+    if joint != "independent":
+        S = learner[:, None] - reference
     counts = torch.zeros(2, 24)
     for _ in range(runs):
-        counts[0, select.jest((learner - reference).float(), k, chunks, generator)] += 1
-        counts[1, _naive_jest(learner, reference, k, chunks, generator)] += 1
-    p = counts / runs
-    assert torch.allclose(p.sum(1), torch.full((2,), float(k)))         # no index twice
-    error = (p[0] - p[1]) / (p.mean(0) * (1 - p.mean(0)) * 2 / runs).sqrt()
-    assert error.abs().max() < 4 and p.std(1).min() > 0.1       # and selection is far from uniform
-    for B, k, chunks in (10, 10, 3), (100, 17, 5), (5, 3, 16), (4080, 816, 16):
+        counts[0, select.jest(scores.float(), k, chunks, joint, generator)] += 1
+        counts[1, _naive_jest(S, joint, k, chunks, generator)] += 1
+    share = counts / runs
+    assert torch.allclose(share.sum(1), torch.full((2,), float(k)))     # no index twice
+    mean = share.mean(0)
+    error = (share[0] - share[1]) / (mean * (1 - mean) * 2 / runs).sqrt()
+    assert error.abs().max() < 4
+    assert share.std(1).min() > 0.1                             # selection is far from uniform
+    other = select.FACTORS["mean" if joint != "mean" else "sum"]
+    assert other(3) != select.FACTORS[joint](3)
+
+
+@pytest.mark.parametrize("joint", select.FACTORS)
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 1e37, -3e38])
+def test_no_score_makes_jest_choose_an_example_twice_or_always(joint, value):
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.linspace(-1, 1, 20)
+    scores[10] = value                                          # between the others, where it is finite
+    count, runs = torch.zeros(20), 400
+    for _ in range(runs):
+        chosen = select.jest(scores, 10, 4, joint, generator)
+        assert chosen.unique().numel() == 10
+        count[chosen] += 1
+    assert select.jest(scores, 20, 3, joint, generator).unique().numel() == 20
+    if not math.isfinite(value):                                # as the mean score would
+        assert abs(count[10] - count[9]) < 4 * (runs / 2) ** 0.5
+        index, weight = select.gumbel_top_k(scores, 10, generator)
+        assert weight.isfinite().all() and index.unique().numel() == 10
+        assert not torch.equal(index, select.gumbel_top_k(scores, 10, generator)[0])
+
+
+def test_jest_draws_at_most_so_many_chunks_and_the_sum_selects_hardest(monkeypatch):
+    draws, gumbel = [], select.gumbel
+    monkeypatch.setattr(select, "gumbel", lambda *args: draws.append(1) or gumbel(*args))
+    for B, k, chunks, expected in (62, 31, 16, 16), (48, 24, 16, 12), (200, 100, 16, 15), (5, 3, 16, 3):
+        draws.clear()
         assert select.jest(torch.randn(B) * 1e4, k, chunks).unique().numel() == k
+        assert len(draws) == expected
+    torch.manual_seed(0)
+    scores = 0.1 * torch.randn(4080)
+    best = scores.topk(816).indices
+    for joint, low, high in ("sum", 0.90, 0.98), ("independent", 0.21, 0.26), ("mean", 0.20, 0.24):
+        chosen = [select.jest(scores, 816, 16, joint) for _ in range(20)]
+        share = torch.isin(torch.cat(chosen), best).float().mean()
+        assert low < share < high, (joint, share)
 
 
 def test_the_lines_to_paste_work_in_a_foreign_loop():
@@ -236,15 +286,15 @@ def test_gumbel_top_k_weights_make_any_mean_unbiased():
 def test_scores():
     learner, reference = torch.tensor([3.0, 1.0, 2.0]), torch.tensor([1.0, 2.0, 2.0])
     assert select.example_scores(learner, reference).tolist() == [2, -1, 0]
-    assert select.example_scores(learner, None, "hard").tolist() == [3, 1, 2]
-    assert select.example_scores(learner, reference, "easy", invert=True).tolist() == [1, 2, 2]
+    assert select.example_scores(learner, kind="hard").tolist() == [3, 1, 2]
+    assert select.example_scores(learner, reference, kind="easy", invert=True).tolist() == [1, 2, 2]
     standardized = select.example_scores(learner, reference, gain=4.0)
     assert abs(standardized.mean()) < 1e-5 and abs(standardized.std() - 4) < 1e-5
-    assert torch.allclose(select.example_scores(learner, None, "gradient-norm").exp() ** 2, learner + 0.1)
+    assert torch.allclose(select.example_scores(learner, kind="root-loss").exp() ** 2, learner + 0.1)
 
 
 @pytest.mark.parametrize("flags", [
-    "--selector ajest --guided-targets 2", "--data IMAGES --selector jest --score gradient-norm --debias",
+    "--selector ajest --guided-targets 2", "--data IMAGES --selector jest --score root-loss --debias",
     "--data IMAGES --selector ajest --gain 1 --micro-batch 4 --guided-targets 1.5 --dropout 0.1"])
 def test_a_training_step_reads_nothing_from_the_device(monkeypatch, tmp_path, flags):
     """A step on the meta device, whose tensors hold no values: whatever would wait for a device raises,
@@ -294,7 +344,8 @@ def test_scores_are_the_losses_on_exactly_what_is_chosen(monkeypatch):
         D_x = denoiser(batch.x0 + batch.sigma[:, None] * batch.noise, batch.sigma)
         weight = (batch.sigma ** 2 + 0.25) / (0.5 * batch.sigma) ** 2
         expected.append(weight * ((D_x - batch.target) ** 2).mean(1))
-    assert torch.allclose(jest.losses(batch), torch.stack(expected), rtol=1e-4)
+    assert torch.allclose(jest.learner_loss(batch), expected[0], rtol=1e-4)
+    assert torch.allclose(jest.reference_loss(batch), expected[1], rtol=1e-4)
     (chosen, weights), index = jest(3), (expected[0] - expected[1]).topk(64).indices
     assert all(torch.equal(a, b[index]) for a, b in zip(chosen, batch) if b is not None)
     assert (weights == 1).all() and len(weights) == 64 and not torch.equal(batch.target, batch.x0)
@@ -305,23 +356,23 @@ def test_the_reference_of_jest_is_the_current_ema_of_the_learner():
     batch = jest.super_batches[0]
     learner.net.out.weight.data *= 2
     ema.update(1)                                               # after one step the EMA is the learner
-    assert torch.equal(*jest.losses(batch))
+    assert torch.equal(jest.learner_loss(batch), jest.reference_loss(batch))
     learner.net.out.weight.data *= 2
     other = copy.deepcopy(learner)
     other.net.out.weight.data /= 2
-    losses = jest.losses(batch)
-    assert torch.allclose(losses[1], other.loss(*batch)[0]) and not torch.allclose(*losses)
+    of_reference = jest.reference_loss(batch)
+    assert torch.allclose(of_reference, other.loss(*batch)[0])
+    assert not torch.allclose(of_reference, jest.learner_loss(batch))
     for flags, computed in ("", False), ("--until-better", True):       # else no score needs the reference
         hard = _jest(_settings("--selector ajest --score hard --batch 64", flags), other)[1]
-        assert torch.equal(*hard.losses(batch)) != computed
+        assert (hard.reference_loss is not None) == computed
 
 
 def test_until_better_selects_until_the_learner_wins_at_a_log_line(monkeypatch):
     means = {3: 0.9, 6: 1.1, 7: 0.5, 9: 1.2, 12: 0.9}           # learner's, by step; the reference's is 1
-    order = torch.linspace(0, 2, 320)                           # of mean 1, like its reversal
 
     def seen(self, step):
-        self.seen = torch.stack([order * means.get(step + 1, 2.0), order.flip(0)])
+        self.mean_excess = torch.tensor(means.get(step + 1, 2.0) - 1)
         return self.super_batches[step].rows(slice(64)), torch.ones(64)
     monkeypatch.setattr(select.Jest, "__call__", seen)
     run = _train(TINY, "--selector jest --until-better --log-every 6")
@@ -353,7 +404,7 @@ def test_the_choice_moves_sampled_targets_towards_the_guide():
     for targets in "sample", "exact":
         c = _settings("--selector ajest --batch 816 --targets", targets)
         jest, sums = _jest(c, weak)[1], torch.zeros(2)
-        jest.losses = lambda batch: torch.stack([learner.loss(*batch)[0], weak.loss(*batch)[0]])
+        jest.learner_loss = lambda batch: learner.loss(*batch)[0]
         for step in range(1000, 1005):
             batch, _ = jest(step)
             x, w = batch.x0 + batch.sigma[:, None] * batch.noise, model.loss_weight(batch.sigma)[:, None]
@@ -650,7 +701,7 @@ def test_micro_batches_change_no_gradient(monkeypatch):
     monkeypatch.setattr(model, "make_finite", lambda grads: gradients.append(torch.cat(
         [g.flatten() for g in grads])))
     for part in "", "--micro-batch 4":
-        _train(flags, "--score gradient-norm", part)
+        _train(flags, "--score root-loss", part)
     assert torch.allclose(*gradients, rtol=1e-3, atol=1e-6) and gradients[0].norm() > 0.1
 
 
@@ -761,7 +812,8 @@ BAD_FLAGS = [                                                   # the message na
     "--data d.npz --selector ajest --class-weights plain.npz", "--guide none --guidance 2",
     "--data d.npz --eval-samples 2",
     "--data d.npz --selector ajest --eval-samples 3 --metrics own:/absent.pt"]
-BAD_WEIGHTS = ["[1]", "[" * 100_000, '{"0": 1, "1": 1}', '{"0": NaN, "1": 1, "2": 1}']
+BAD_WEIGHTS = ["[1]", "[" * 100_000, '{"0": 1, "1": 1, "2": 1}', '{"weights": {"0": 1, "1": 1}}',
+               '{"weights": {"0": NaN, "1": 1, "2": 1}}']
 
 
 @pytest.mark.parametrize("flags, content", [*((flags, "") for flags in BAD_FLAGS), *(
@@ -788,7 +840,7 @@ def test_every_stage_sees_the_pool_only(monkeypatch, tmp_path, flags, stages):
         out.mkdir(exist_ok=True)
         costs = dict(seconds=0, other_seconds=0, examples_trained=0, other_examples=0)
         torch.save(dict(progress=costs), out / "checkpoint.pt")
-        (out / "class_weights.json").write_text('{"0": 0.5, "1": 1.0, "2": 3.0}')
+        (out / "class_weights.json").write_text('{"weights": {"0": 0.5, "1": 1.0, "2": 3.0}}')
     monkeypatch.setattr(train, "train", fit)
     monkeypatch.setattr(data, "pixel_features", functools.partial(data.pixel_features, dims=4))
     pool = f"--data {images} --holdout 6 --imbalance 3 --keep 0.5"
@@ -818,17 +870,18 @@ def test_the_proxy_finds_the_class_weights_of_doremi(monkeypatch, tmp_path):
         objective = make(*args)
         return lambda *batch: seen.append((batch[3] % 3, batch[5], objective(*batch))) or seen[-1][2]
     monkeypatch.setattr(train, "make_objective", recording)
+    monkeypatch.setattr(train, "cost_of", lambda path: (0.0, 0))
     monkeypatch.setattr(train, "load_matching", lambda *_: types.SimpleNamespace(
         loss=lambda x0, noise, sigma, labels, target: (torch.where(labels % 3 == 0, 0.1, 1e9), None)))
     train.train(c, dataset, tmp_path, torch.arange(60), dro_reference="reference.pt")
     alpha, alphas = np.full(3, 1 / 3), []
     for label, weight, (_, losses) in seen:
         assert np.allclose(weight, (alpha * 60 / counts)[label], rtol=1e-4)
-        excess = [losses[label == 0].clamp_min(0.1).mean().item() - 0.1, 0, 0]
+        excess = [(losses[label == 0] - 0.1).clamp_min(0).mean().item(), 0, 0]
         alpha = alpha * np.exp(0.5 * np.array(excess))
         alpha = 0.999 * alpha / alpha.sum() + 0.001 / 3
         alphas.append(alpha)
-    found = json.loads((tmp_path / "class_weights.json").read_text())
+    found = json.loads((tmp_path / "class_weights.json").read_text())["weights"]
     assert np.allclose(list(found.values()), np.mean(alphas, 0) * 60 / counts, rtol=1e-4)
     assert list(found) == ["0", "1", "2"] and alpha[0] > 0.6
 
@@ -1048,7 +1101,7 @@ def test_two_processes_give_the_weights_of_one(tmp_path):
     assert all(part.returncode == 0 for part in parts), errors
     for one, two in (_train(flags[0]), tmp_path / "0"), (_train(flags[1]), tmp_path / "1"):
         for a, b in zip(*(leaves([_load(run)[kind] for kind in ("model", "ema")]) for run in (one, two))):
-            assert torch.allclose(a, b, rtol=0, atol=1e-5)
+            assert torch.allclose(a, b, rtol=0, atol=5e-5)     # small gradients differ by rounding
         for a, b in zip(_records(one), _records(two)):
             assert all(a[key] == b[key] for key in ("step", "examples_trained", "examples_drawn", "lr"))
     a, b = (_load(run / "proxy")["dro"]["total"] for run in (one, two))
@@ -1456,7 +1509,7 @@ def test_long_tail_counts():
 def test_group_dro_by_hand():
     dro, alpha, total = data.GroupDRO(3, eta=0.7, smoothing=0.01), np.full(3, 1 / 3), np.zeros(3)
     steps = [([0.4, -1.0, 0.8, 2.0, 1.0], [0, 0, 0, 2, 2], [0.4, 0, 1.5]),      # class 1 is absent
-             ([0.3, 0.5, 9.0, math.nan, 0.2], [1, 1, 0, 2, 2], [0.4, 0.4, 0.1])]        # one of class 0 only
+             ([0.3, 0.5, 9.0, math.nan, 0.2], [1, 1, 0, 2, 2], [9.0, 0.4, 0.1])]
     for excess, labels, e in steps:
         parts = zip(torch.tensor(excess).split(3), torch.tensor(labels).split(3))       # of two processes
         dro.update(sum(dro.totals(*part) for part in parts))
@@ -1687,7 +1740,7 @@ def test_data_features_are_computed_once_per_data_and_network(tmp_path, monkeypa
     sets = [data.load(_images(tmp_path / f"{n}.npz", n)) for n in (20, 30)]
     direct = [(net, dataset, fid.extract(net, dataset.x)) for net in nets for dataset in sets]
     for _ in range(2):
-        assert all(torch.equal(fid.data_features(net, dataset), f) for net, dataset, f in direct)
+        assert all(torch.equal(fid.data_features(net, dataset)[0], f) for net, dataset, f in direct)
         monkeypatch.setattr(fid, "extract", None)               # the second time no network runs
 
 

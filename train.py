@@ -91,7 +91,9 @@ def build_parser():
     add = parser.add_argument_group("online selection (2509.15267)").add_argument
     add("--selector", choices=("uniform", "jest", "ajest"), default="uniform", help="how batches are made")
     add("--filter", type=number(float, "[0, 1)"), default=0.8, help="share of the super-batch left out")
-    add("--chunks", type=count, default=16, help="chunks in which JEST fills the batch; the first is random")
+    add("--joint", choices=select.FACTORS, help="what the chosen add to the scores of others: mean (the "
+        "AJEST authors' code, default with ajest), independent (JEST without pairs, default with jest), sum")
+    add("--chunks", type=count, default=16, help="at most this many chunks in which JEST fills the batch")
     add("--score", choices=select.SCORES, default="learnability", help="what makes an example worth it")
     add("--invert", action="store_true", help="prefer low scores")
     add("--gain", type=amount, default=0.0, help="multiply standardized scores (0 = raw scores)")
@@ -119,7 +121,7 @@ def build_parser():
     add("--prune-features", default="pixels", help="what pruning sees: pixels, own:CKPT, inception")
     add("--class-weights", help="dro = find them by group DRO against the guide; inverse (of frequency); or "
         "the class_weights.json of another run")
-    add("--eta", type=positive, default=0.01, help="step size of group DRO")
+    add("--eta", type=positive, default=1.0, help="step size of group DRO (DoReMi's)")
     add = parser.add_argument_group("run").add_argument
     add("--seed", type=number(int, "[0, 1e15]"), default=0, help="of weights, data, noise and selection")
     add("--device", type=data.device, default="cuda" if torch.cuda.is_available() else "cpu")
@@ -198,6 +200,7 @@ def settings(argv=None):
     if c.guided_targets != 1 and "guidance" not in flags:
         c.guidance = 1.0                                        # the network itself is the guided denoiser
     c.bf16, c.compile = model.able(c.device, c.bf16, c.compile)
+    c.joint = c.joint or ("mean" if c.selector == "ajest" else "independent")
     c.super_batch = round(c.batch / (1 - c.filter))             # B = b / (1 - filter ratio)
     c.compares = c.until_better or c.score in ("learnability", "easy")      # asks for the reference's losses
     refuse(c, len(dataset) if not tree else math.inf)
@@ -209,11 +212,11 @@ def refuse(c, examples):
     tree, part = c.kind == "tree", (c.micro_batch or 1) * WORLD
     data.refuse_unused(c.flags, [
         (c.selector != "uniform", "--selector jest or ajest",
-         "filter chunks score invert gain debias early_steps until_better after"),
+         "filter chunks joint score invert gain debias early_steps until_better after"),
         (c.selector == "jest", "--selector jest (the reference of ajest is the --guide)", "reference"),
         (c.compares, "--score learnability or easy, or --until-better", "reference"),
         (c.early_steps or c.until_better, "--early-steps or --until-better", "after"),
-        (not c.debias, "a draw in parts, and --debias draws once", "chunks"),
+        (not c.debias, "a draw in parts, and --debias draws once", "chunks joint"),
         (c.keep, "--keep", "prune prune_features"),
         (c.prune != "random", "--prune gaussian, knn or moderate", "prune_features"),
         (c.class_weights == "dro", "--class-weights dro", "eta"),
@@ -372,20 +375,27 @@ def make_selectors(c, dataset, denoiser, ema, keep, guide_path):
         for parameter, average in zip(reference.parameters(), ema.averages[c.ema[0]]):
             parameter.data = average
 
-    def both(*batch):
-        learner = denoiser.loss(*batch)[0]
-        return torch.stack([learner, reference.loss(*batch)[0] if reference else learner])
-    both = model.accelerate(both, c.device, c.bf16, c.compile)
+    def losses_of(network):
+        """A function of a data.Batch that returns the network's losses [n], without gradient and dropout."""
+        loss = model.accelerate(lambda *batch: network.loss(*batch)[0], c.device, c.bf16, c.compile)
 
-    @torch.no_grad()
-    def losses(batch):
-        denoiser.eval()                                         # without dropout
-        parts = [both(*batch.rows(rows)) for rows in micro_batches(len(batch.x0), c.micro_batch)]
-        denoiser.train()
-        return torch.cat(parts, 1)
-    jest = select.Jest(super_batches, losses, c.batch // WORLD,
-                       lambda step: data.stream(c.seed, step, f"select{RANK or ''}", c.device), c.chunks,
-                       c.debias, kind=c.score, invert=c.invert, gain=c.gain)
+        @torch.no_grad()
+        def losses(batch):
+            denoiser.eval()
+            parts = [loss(*batch.rows(rows)) for rows in micro_batches(len(batch.x0), c.micro_batch)]
+            denoiser.train()
+            return torch.cat(parts)
+        return losses
+
+    def make_generator(step):
+        return data.stream(c.seed, step, f"select{RANK or ''}", c.device)
+
+    uncertainty = None
+    if c.kind != "tree" and c.score == "root-loss":
+        uncertainty = torch.no_grad()(denoiser.u)
+    jest = select.Jest(super_batches, losses_of(denoiser), losses_of(reference) if reference else None,
+                       c.batch // WORLD, make_generator, c.chunks, c.joint, c.debias, uncertainty,
+                       kind=c.score, invert=c.invert, gain=c.gain)
     return select.Uniform(super_batches if c.after == "full" else batches), jest
 
 
@@ -419,7 +429,10 @@ def train(
         project, make_finite = combine(project), combine(make_finite)
     project(projected)
     ema = model.PowerEMA(denoiser, c.ema)
-    optimizer = torch.optim.Adam(denoiser.parameters(), lr=c.lr, betas=(0.9, 0.99), eps=1e-8, fused=True)
+    # EDM2 sums the loss over the D dimensions of an example and takes eps 1e-8. This loss averages over them,
+    # so gradients and eps are D times smaller. The tree's official toy averages, too, and takes 1e-8.
+    eps = 1e-8 if c.kind == "tree" else 1e-8 / math.prod(c.shape)
+    optimizer = torch.optim.Adam(denoiser.parameters(), lr=c.lr, betas=(0.9, 0.99), eps=eps, fused=True)
     parts = dict(model=denoiser, ema=ema, optimizer=optimizer)
     if dro_reference:
         dro = parts["dro"] = data.GroupDRO(c.classes, c.eta).to(device)
@@ -516,9 +529,9 @@ def train(
         last = step + 1 == c.steps
         if last or any(every and (step + 1) % every == 0 for every in (c.log_every, c.eval_every)):
             if selecting and c.until_better and (last or (step + 1) % c.log_every == 0):
-                learner, reference = jest.seen.mean(1)
-                average([advantage := learner - reference])
-                p["selecting"] = advantage.item() > 0
+                excess = jest.mean_excess.clone()
+                average([excess])
+                p["selecting"] = excess.item() > 0
             average([loss := torch.stack(losses_seen).mean()])
             loss, losses_seen, p["seconds"] = loss.item(), [], now(c) - began
             log.append(dict(p, kind="train", selecting=selecting and p["selecting"], loss=loss,
@@ -537,7 +550,10 @@ def train(
     if dro_reference and RANK == 0:
         found = (dro.mean * counts.sum() / counts.clamp_min(1)).tolist()
         with data.writing(out / "class_weights.json") as file:
-            file.write(json.dumps(dict(zip(c.class_names, found)), indent=1).encode())
+            reference_costs = cost_of(dro_reference)
+            content = dict(weights=dict(zip(c.class_names, found)), seconds=p["seconds"] + reference_costs[0],
+                           examples=p["examples_trained"] + reference_costs[1])
+            file.write(json.dumps(content, indent=1).encode())
     barrier()
 
 
@@ -569,7 +585,7 @@ class Evaluate:
             features = "none"
         else:
             self.net = fid.network(c.metrics, c.device)
-            self.real, features = fid.data_features(self.net, dataset, "features of the data"), self.net.id
+            self.real, features = fid.data_features(self.net, dataset, "features of the data")[0], self.net.id
             self.moments = fid.moments(self.real)
             fid.warn_of_few(c.eval_samples, "--eval-samples")
         self.how = dict(features=features, data=c.fingerprint[:8], samples=c.eval_samples,
@@ -634,7 +650,8 @@ class Evaluate:
     def validation_loss(self):
         """Mean denoising loss on held-out examples, at noise that is the same for every run of this batch."""
         c, losses = self.c, []
-        batches = data.Batches(self.dataset, c.batch, 0, c.device, flip=c.flip, **c.eval_levels)
+        batches = data.Batches(self.dataset, c.batch, 0, c.device, flip=c.flip, purpose="validation-",
+                               **c.eval_levels)
         for step, index in enumerate(self.held_out.split(c.batch)):
             padded = torch.cat([index, index[:1].expand(c.batch - len(index))])         # one shape
             batch = batches.of(padded, step)
@@ -649,9 +666,11 @@ class Evaluate:
 # sub-folder: it resumes, is skipped when done, and its checkpoint says what it cost.
 
 def stage(c, dataset, out, keep, **more):
-    """Train a small model of the guide's size, without dropout; -> its checkpoint's path."""
+    """Train a small model of the guide's size, without dropout; -> its checkpoint's path. The proxy's seed is
+    not its reference's, so that the two are not compared on the draws that the reference was fitted to."""
+    seed = c.seed + (2_000_003 if out.name == "proxy" else 1_000_003)
     small = dict(selector="uniform", guide="none", guided_targets=1.0, dropout=0.0, channels=c.guide_channels,
-                 batch=c.guide_batch, steps=c.guide_steps, seed=c.seed + 1_000_003)
+                 batch=c.guide_batch, steps=c.guide_steps, seed=seed)
     train(argparse.Namespace(**{**vars(c), **small}), dataset, out, keep, **more)
     return out / "checkpoint.pt"
 
@@ -668,14 +687,19 @@ def choose_examples(c, dataset, out):
         pool = pool[data.long_tail(dataset.labels[pool], c.imbalance, c.seed)]
     if c.keep is None:
         return pool, pool, held_out, 0.0
-    if c.prune_features == "pixels" or c.prune == "random":
+    feature_seconds = 0.0
+    if c.prune == "random":
+        features = torch.empty(len(pool), 0)
+    elif c.prune_features == "pixels":
         features = data.pixel_features(dataset, pool)
     else:
         net = fid.network(c.prune_features, c.device)
-        features = fid.data_features(net, dataset, "features of the data")[pool]
+        features, feature_seconds = fid.data_features(net, dataset, "features of the data")
+        features, began = features[pool], time.monotonic()      # a cache may have them: their own time counts
     labels = None if dataset.labels is None else dataset.labels[pool]
     priority = data.priorities(features, labels, c.prune, seed=c.seed)
-    keep, seconds = data.prune(priority, labels, c.keep), time.monotonic() - began
+    keep = data.prune(priority, labels, c.keep)
+    seconds = feature_seconds + time.monotonic() - began
     if RANK == 0:
         with data.writing(out / "coreset.png") as file:
             data.coreset_picture(dataset, pool, priority, keep).save(file, format="PNG")
@@ -689,15 +713,18 @@ def class_counts(dataset, keep=slice(None)):
 
 def read_class_weights(c, path, counts):
     """-> weights [classes] of mean 1 over the examples, from a class_weights.json or inverse to frequency."""
+    seconds, examples = 0.0, 0
     if path == "inverse":
         weights = 1 / counts.clamp_min(1)
     else:
         with data.reading(path, "class weights for these classes"):
             content = json.loads(Path(path).read_text())
-            weights = torch.tensor([float(content.pop(name)) for name in c.class_names])
-            if content or not 0 <= weights.min() <= weights.max() < math.inf or not (weights * counts).sum():
+            named = dict(content["weights"])
+            weights = torch.tensor([float(named.pop(name)) for name in c.class_names])
+            seconds, examples = float(content.get("seconds", 0)), int(content.get("examples", 0))
+            if named or not 0 <= weights.min() <= weights.max() < math.inf or not (weights * counts).sum():
                 raise ValueError("there are others, or they are negative, not finite or all 0")
-    return (weights * counts.sum() / (weights * counts).sum()).to(c.device)
+    return (weights * counts.sum() / (weights * counts).sum()).to(c.device), (seconds, examples)
 
 
 @contextlib.contextmanager
@@ -731,7 +758,7 @@ def main(argv=None):
             barrier()
 
         # Files that are given, before anything is trained.
-        guide_path, weights, needs = None, None, set()
+        guide_path, weights, needs, weight_costs = None, None, set(), (0.0, 0)
         if c.guide not in ("train", "snapshot", "none"):
             guide_path = Path(model.checkpoint_of(c.guide))
             load_matching(guide_path, c)
@@ -739,7 +766,7 @@ def main(argv=None):
             needs.add(reference := Path(model.checkpoint_of(c.reference)))
             load_matching(reference, c)
         if c.class_weights not in (None, "dro"):
-            weights = read_class_weights(c, c.class_weights, class_counts(dataset, keep))
+            weights, weight_costs = read_class_weights(c, c.class_weights, class_counts(dataset, keep))
         if RANK == 0:
             with data.writing(out / "config.json") as file:
                 file.write(json.dumps(vars(c), indent=1).encode())
@@ -757,10 +784,10 @@ def main(argv=None):
             proxy = stage(c, dataset, out / "proxy", keep, dro_reference=guide_path)
             needs.add(proxy)
             path = proxy.with_name("class_weights.json")
-            weights = read_class_weights(c, path, class_counts(dataset, keep))
+            weights, _ = read_class_weights(c, path, class_counts(dataset, keep))     # needs has their cost
 
         # The model. What it needed counts, and a guide that it did not need counts for guided samples.
-        costs = [sum(cost) for cost in zip((seconds, 0), *map(cost_of, needs))]
+        costs = [sum(cost) for cost in zip((seconds, 0), weight_costs, *map(cost_of, needs))]
         if evaluate and guide_path and guide_path not in needs:
             evaluate.guide_costs = cost_of(guide_path)
         train(c, dataset, out, keep, guide_path, weights, evaluate=evaluate, costs=costs)

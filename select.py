@@ -39,10 +39,10 @@ else:
 
 # ------------------------------------------------------------------------------------------------------------
 # JEST draws a batch in chunks. Each chunk follows the scores given the m examples chosen so far. What these
-# m add to the score of example i depends on the matrix S of pairs. For a loss without pairs JEST's own matrix
-# is diagonal, and nothing is added. The AJEST authors take S_ij = loss_i(learner) - loss_j(reference). Then the
-# sum of S_ij + S_ji over the m is m * score_i plus a term that is equal for all i. They divide it by the number
-# of terms. Either way the matrix reduces to a factor on the scores.
+# m add to the score of example i depends on the matrix S of pairs. For a loss without pairs JEST's own
+# matrix is diagonal, and nothing is added. The AJEST authors take S_ij = loss_i(learner) -
+# loss_j(reference). Then the sum of S_ij + S_ji over the m is m * score_i plus a term that is equal for all
+# i. They divide it by the number of terms. Either way the matrix reduces to a factor on the scores.
 
 FACTORS = {
     "independent": lambda m: 1,                                 # JEST (2406.17711) for a loss without pairs

@@ -94,7 +94,8 @@ def _folder():
 def _settings(*flags):
     """What `settings` makes of the flags, in no run's folder."""
     argv = " ".join(map(str, flags)).split()
-    return train.settings(["--device", "cpu", "--out", f"{TEMP.name}/none", *argv])[0]
+    typed = train.typed_flags(["--device", "cpu", "--out", f"{TEMP.name}/none", *argv])
+    return train.settings(typed)[0]
 
 
 def _denoiser(c):
@@ -293,6 +294,37 @@ def test_scores():
     assert torch.allclose(select.example_scores(learner, kind="root-loss").exp() ** 2, learner + 0.1)
 
 
+def test_root_loss_is_the_gradient_norm_at_the_output_of_the_network():
+    """With EDM2's uncertainty it is sqrt(loss) / e^u, up to a constant."""
+    c = _settings("--data", _folder() / "d.npz", "--channels 8 --blocks 1 --batch 40 --guide none")
+    denoiser = _randomized(_denoiser(c))
+    with torch.no_grad():
+        denoiser.u_out.weight *= 3
+    outputs = []
+    denoiser.net.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    batch = _batches(c, data.load(c.data), 40)[0]
+    total, losses = train.make_objective(c, denoiser)(*batch, torch.ones(40))
+    gradient, = torch.autograd.grad(total, outputs[0])
+    norms = gradient.flatten(1).norm(dim=1)
+    with torch.no_grad():
+        u = denoiser.u(batch.sigma)
+    assert u.std() > 0.2
+    ratio = norms.log() - (losses.log() / 2 - u)
+    assert ratio.std() < 1e-3
+    scores = select.example_scores(losses, u=u, kind="root-loss")
+    assert torch.allclose(scores, (losses + 0.1).log() / 2 - u)
+    c = _settings("--data", _folder() / "d.npz", "--channels 8 --blocks 1 --batch 40 --guide none "
+                  "--selector jest --score root-loss --filter 0.5")
+    ema = model.PowerEMA(denoiser, c.ema)
+    jest = train.make_selectors(c, data.load(c.data), denoiser, ema, None, None)[1]
+    assert torch.equal(jest.uncertainty(batch.sigma), u)
+
+
+def test_a_score_that_is_not_known_is_an_error():
+    with pytest.raises(ValueError, match="root-loss"):
+        select.example_scores(torch.ones(3), kind="beauty")
+
+
 @pytest.mark.parametrize("flags", [
     "--selector ajest --guided-targets 2", "--data IMAGES --selector jest --score root-loss --debias",
     "--data IMAGES --selector ajest --gain 1 --micro-batch 4 --guided-targets 1.5 --dropout 0.1"])
@@ -317,21 +349,21 @@ def test_a_training_step_reads_nothing_from_the_device(monkeypatch, tmp_path, fl
             raise KeyboardInterrupt
         return draw(self, step)
     monkeypatch.setattr(data.Batches, "__getitem__", stopping)
-    more = dict(keep=torch.arange(50), dro_reference="guide.pt") if c.data else {}
+    more = {}
+    if c.data:
+        more = dict(examples=torch.arange(50), dro_reference="guide.pt")
     with pytest.raises(KeyboardInterrupt):                      # after one step
         train.train(c, dataset, tmp_path, guide_path="guide.pt", **more)
     with pytest.raises(RuntimeError):
         torch.ones(1, device=meta).item()
 
 
-def _jest(c, reference=None):
-    """(the learner of a run on the tree, its Jest, its EMA); `reference` stands for a checkpoint's."""
+def _jest(c, guide=None):
+    """(the learner of a run on the tree, its Jest, its EMA)."""
     learner = _denoiser(c)
     torch.nn.init.normal_(learner.net.out.weight)
     ema = model.PowerEMA(learner, c.ema)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "load_matching", lambda *_: reference)
-        return learner, train.make_selectors(c, TREE, learner, ema, None, "guide.pt")[1], ema
+    return learner, train.make_selectors(c, TREE, learner, ema, None, guide)[1], ema
 
 
 def test_scores_are_the_losses_on_exactly_what_is_chosen(monkeypatch):
@@ -668,6 +700,25 @@ def test_the_fixed_point_of_guided_targets_is_the_guided_denoiser(W):
     assert torch.isclose(a, 0.5 + W * (best - 0.5), atol=1e-4) and abs(best - 0.5) > 0.1
 
 
+def test_adam_is_that_of_a_loss_summed_over_dimensions():
+    """EDM2 sums where this loss averages: D times larger gradients against the same eps."""
+    for flags, D in (f"--data {_folder()}/d.npz --channels 8 --blocks 1 --warmup 0", 3 * 8 * 8), ("", 1):
+        c = _settings(flags)
+        learner = train.Learner(c)
+        learner.project = lambda weights: None
+        copies = [parameter.detach().clone().requires_grad_() for parameter in learner.parameters]
+        adam = torch.optim.Adam(copies, lr=c.lr, betas=(0.9, 0.99), eps=1e-8)
+        generator = torch.Generator().manual_seed(0)
+        for step in range(3):
+            for parameter, other in zip(learner.parameters, copies):
+                parameter.grad = 1e-9 * torch.randn(parameter.shape, generator=generator)
+                other.grad = D * parameter.grad
+            learner.update(step)
+            adam.step()
+        for parameter, other in zip(learner.parameters, copies):
+            assert torch.allclose(parameter, other, rtol=0, atol=1e-6)
+
+
 def test_a_non_finite_gradient_element_becomes_zero(monkeypatch):
     runs, build = [], model.build
     for value in 0.0, math.inf, -math.inf, math.nan:
@@ -691,8 +742,19 @@ def test_a_loss_that_is_not_finite_at_two_log_lines_ends_the_run(capsys, tmp_pat
     bad |= set(range(24, 48))
     for steps in 48, 30:                                        # two log lines; the last one
         flags = f"{TINY} --guide none --steps {steps} --save-every 0 --eval-every 6 --out {tmp_path}/{steps}"
-        _one_line(capsys, train, flags, "--lr", steps)
+        _one_line(capsys, train, flags, "--lr", "another --out", "kept", steps)
         assert _load(tmp_path / f"{steps}")["progress"]["step"] == 24   # of the last line that was finite
+
+
+def test_a_run_that_diverges_before_its_first_checkpoint_holds_nothing(capsys, tmp_path, monkeypatch):
+    flags = f"{TINY} --guide none --out {tmp_path}/run"
+    with monkeypatch.context() as patch:
+        noised = data.Batches._noised
+        patch.setattr(data.Batches, "_noised", lambda self, x0, labels, step: (
+            noised(self, x0 * math.nan, labels, step)))
+        err = _one_line(capsys, train, flags, "--lr", "step 12")
+    assert "kept" not in err and not (tmp_path / "run/checkpoint.pt").exists()
+    assert len(_records(_train(flags, "--lr 0.001", out=tmp_path / "run"))) == 4
 
 
 def test_micro_batches_change_no_gradient(monkeypatch):
@@ -748,7 +810,7 @@ def test_the_same_command_goes_on_and_another_is_refused(tmp_path, capsys, monke
     for flag in "--lr 0.02", "--seed 3", "--guided-targets 1.5", "--no-flip":
         _one_line(capsys, train, f"{flags} 16 {flag}", flag.split()[0].replace("--no-", "--"), run)
     _one_line(capsys, train, f"{flags} 15", "--steps 15", run)
-    with train.alone(run):
+    with train.locked(run):
         _one_line(capsys, train, f"{flags} 32", run, "another process")
     _images(images, n=59)
     assert "59 images" in _one_line(capsys, train, f"{flags} 32", run, "the data has changed")
@@ -757,6 +819,81 @@ def test_the_same_command_goes_on_and_another_is_refused(tmp_path, capsys, monke
     monkeypatch.setitem(train.PRESETS, "cpu", train.PRESETS["cpu"] | dict(warmup=9, lr_decay=5))
     _train(flags, 32, out=run)                                  # what is not given is as the run began
     _same_run(longer, run)
+
+
+def test_a_checkpoint_in_a_new_folder_knows_its_settings_and_data(tmp_path, capsys):
+    flags = f"{SMALL} --guide none --out {tmp_path}/new --data {_folder()}"
+    run = _train(SMALL, f"--guide none --data {_folder()}/d.npz")
+    (tmp_path / "new").mkdir()
+    shutil.copy(run / "checkpoint.pt", tmp_path / "new")
+    _one_line(capsys, train, f"{flags}/named.npz", "other data", "ant", tmp_path / "new")
+    _one_line(capsys, train, f"{flags}/d.npz --seed 9 --lr 0.5 --keep 0.5 --batch 8", "--batch 4, not 8")
+    _train(f"{flags}/d.npz --steps 8", out=tmp_path / "new")    # the same run, longer
+    assert [r["step"] for r in _records(tmp_path / "new")] == [2, 4, 6, 8]
+
+
+def test_what_is_not_typed_again_is_as_the_run_began(tmp_path):
+    run = tmp_path / "run"
+    _train(TINY, "--lr 0.003 --seed 5 --guided-targets 1.6 --steps 12", out=run)
+    (run / "config.json").write_text("{}")                      # for people, nothing reads it
+    _train(FEW, "--log-every 6 --steps 24", out=run)
+    whole = _train(TINY, "--lr 0.003 --seed 5 --guided-targets 1.6")
+    for one, two in zip(leaves(_load(whole)["model"]), leaves(_load(run)["model"])):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("damage", [os.remove, lambda path: path.write_bytes(path.read_bytes()[:-900])])
+def test_a_snapshot_that_is_gone_is_found_before_the_first_step(tmp_path, capsys, damage):
+    flags = TINY.replace("--eval-samples 0", "--eval-samples 8")
+    guided, distilled = _train(flags, "--guidance 2"), _train(flags, "--guided-targets 2")
+    for run, more, words in (guided, "", "--guidance 1"), (distilled, "--guided-targets 2", "another --out"):
+        damage(run / "guide.pt")
+        _one_line(capsys, train, f"{flags} {more} --steps 40 --out {run}", run / "guide.pt", words)
+        assert _load(run)["progress"]["step"] == 24
+    _train(flags, "--steps 40 --guidance 1", out=guided)
+    assert _load(guided)["progress"]["step"] == 40
+
+
+def test_a_start_that_is_refused_or_stopped_early_holds_nothing(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        _interrupt(patch, 3)
+        _train(TINY, "--guide none", out=tmp_path / "run")
+    _train(TINY, "--guide none --batch 32 --lr 0.02", out=tmp_path / "run")
+    assert _load(tmp_path / "run")["settings"]["batch"] == 32
+
+
+def test_a_trained_guide_is_held_to_its_settings(tmp_path, capsys, monkeypatch):
+    flags = f"{TINY} --selector ajest --guide-batch 64 --out {tmp_path}/run"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        _interrupt(patch, 10)                                   # the guide has 8 steps
+        _train(flags, out=tmp_path / "run")
+    _one_line(capsys, train, f"{flags} --lr 0.02", tmp_path / "run/guide", "--lr 0.01, not 0.02")
+    _train(flags, "--gain 1", out=tmp_path / "run")             # which no guide knows
+
+
+def test_an_error_of_training_is_not_taken_for_another_process(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(model.PowerEMA, "update", mock.Mock(side_effect=BlockingIOError("not now")))
+    err = _one_line(capsys, train, f"{TINY} --guide none --out {tmp_path}/run", "not now")
+    assert "another process" not in err
+
+
+def test_without_fcntl_there_is_no_lock(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "fcntl", None)
+    with train.locked(tmp_path), train.locked(tmp_path):
+        assert _records(_train(TINY, "--guide none"))
+
+
+def test_help_shows_the_values_of_the_presets():
+    actions = {action.dest: action.help for action in train.build_parser()._actions}
+    for name, values in [
+            ("batch", "[tree 816; 32 512; 64 256; latent 256; CPU 64]"), ("sampling_steps", "CPU 16]"),
+            ("targets", "[tree exact; 32 sample;"), ("sigma_max", "[tree 5.0; 32 80.0;"),
+            ("eval_samples", "[tree 163840; 32 10000; 64 10000; latent 10000; CPU 256]"),
+            ("blocks", "CPU 1]"), ("log_every", "[tree 100; 32 50;"), ("ema", "[tree 0.02 0.1;"),
+            ("lr", "[default 0.01]"), ("eta", "[default 1.0]")]:
+        assert values in actions[name], actions[name]
+    assert "[" not in actions["keep"] + actions["debias"] + actions["data"]
+    assert set(train.DEFAULTS) == set(actions) - {"help"}
 
 
 @pytest.mark.skipif(not SLOW, reason="SLOW_TESTS=1")
@@ -804,7 +941,8 @@ BAD_FLAGS = [                                                   # the message na
     "--class-weights dro", "--flip", "--micro-batch 7", "--early-steps 5", "--data d.npz --holdout 60",
     "--data d.npz --size 12", "--data plain.npz --class-weights inverse", "--data /no/such/place",
     "--score hard", "--data d.npz --prune knn", "--data d.npz --eta 1", "--size 8",
-    "--reference reference --selector jest --score hard",
+    "--guide other --selector ajest --reference reference", "--guide none --guidance 0",
+    "--selector jest --debias --chunks 4",
     "--steps 9 --guide-steps 10",
     "--filter 1", "--steps 1.5", "--device abacus", "--guided-targets 0.5", "--no-such-flag",
     "--data d.npz --guide large.npz", "--data d.npz --size 16 --guide other", "--data d.npz --guide other",
@@ -850,6 +988,7 @@ def test_every_stage_sees_the_pool_only(monkeypatch, tmp_path, flags, stages):
     assert list(names) == stages and len(held_out) == 6 and not torch.isin(held_out, pool).any()
     assert len(pool) < 54 and torch.isin(kept, pool).all() and abs(2 * len(kept) - len(pool)) < 4
     assert all(map(torch.equal, keeps, [pool if "dro" in flags else kept, kept, kept][-len(stages):]))
+    assert len({c.seed for c in settings}) == len(stages)       # a stage draws for itself
     assert [(c.channels, c.dropout) for c in settings] == [(4, 0), (4, 0), (8, 0.2)][-len(stages):]
     n, w = torch.bincount(torch.arange(60)[kept] % 3), torch.tensor([0.5, 1, 3])
     w = 1 / n if "inverse" in flags else w if "dro" in flags else None
@@ -860,41 +999,61 @@ def test_every_stage_sees_the_pool_only(monkeypatch, tmp_path, flags, stages):
         assert torch.equal(other, kept) == same
 
 
+class _Losses(torch.nn.Module):
+    """A reference whose loss is 0.1 on class 0, and huge on others."""
+
+    def loss(self, x0, noise, sigma, labels, target):
+        return torch.where(labels % 3 == 0, 0.1, 1e9), None
+
+
 def test_the_proxy_finds_the_class_weights_of_doremi(monkeypatch, tmp_path):
-    labels, counts = torch.arange(60).sqrt().long() // 3, np.array([9, 27, 24])
-    dataset, make, seen = data.Dataset(torch.zeros(60, 3, 8, 8).byte(), labels, list("abc")), [], []
-    c = _settings(SMALL, "--batch 64 --class-weights dro --eta 0.5 --data", _folder() / "d.npz")
+    labels = torch.arange(60).sqrt().long() // 3
+    counts = np.array([9, 27, 24])
+    dataset = data.Dataset(torch.zeros(60, 3, 8, 8).byte(), labels, list("abc"))
+    c = _settings(SMALL, "--class-weights dro --eta 0.5 --data", _folder() / "d.npz")
+    c = train.stage_settings(c, "proxy", eta=c.eta, batch=64)
     make = train.make_objective
+    seen = []
 
     def recording(*args):
         objective = make(*args)
-        return lambda *batch: seen.append((batch[3] % 3, batch[5], objective(*batch))) or seen[-1][2]
+
+        def record(*batch):
+            total, losses = objective(*batch)
+            seen.append((batch[3] % 3, batch[5], losses))
+            return total, losses
+        return record
     monkeypatch.setattr(train, "make_objective", recording)
-    monkeypatch.setattr(train, "cost_of", lambda path: (0.0, 0))
-    monkeypatch.setattr(train, "load_matching", lambda *_: types.SimpleNamespace(
-        loss=lambda x0, noise, sigma, labels, target: (torch.where(labels % 3 == 0, 0.1, 1e9), None)))
-    train.train(c, dataset, tmp_path, torch.arange(60), dro_reference="reference.pt")
-    alpha, alphas = np.full(3, 1 / 3), []
-    for label, weight, (_, losses) in seen:
+    monkeypatch.setattr(train, "load_matching", lambda *_: _Losses())
+    cost_of = train.cost_of
+    monkeypatch.setattr(train, "cost_of", lambda path: (7.0, 11) if path == "r.pt" else cost_of(path))
+    train.train(c, dataset, tmp_path, torch.arange(60), dro_reference="r.pt")
+    alpha = np.full(3, 1 / 3)
+    alphas = []
+    for label, weight, losses in seen:                          # alpha weighs the next step's loss
         assert np.allclose(weight, (alpha * 60 / counts)[label], rtol=1e-4)
-        excess = [(losses[label == 0] - 0.1).clamp_min(0).mean().item(), 0, 0]
-        alpha = alpha * np.exp(0.5 * np.array(excess))
+        excess = (losses[label == 0] - 0.1).clamp_min(0).mean().item()
+        alpha = alpha * np.exp(0.5 * np.array([excess, 0, 0]))
         alpha = 0.999 * alpha / alpha.sum() + 0.001 / 3
         alphas.append(alpha)
-    found = json.loads((tmp_path / "class_weights.json").read_text())["weights"]
-    assert np.allclose(list(found.values()), np.mean(alphas, 0) * 60 / counts, rtol=1e-4)
-    assert list(found) == ["0", "1", "2"] and alpha[0] > 0.6
+    weights, seconds, examples = data.read_class_weights(tmp_path / "class_weights.json", c.class_names)
+    expected = np.mean(alphas, 0) / counts
+    assert np.allclose(weights, expected * 60 / (expected * counts).sum(), rtol=1e-4)
+    assert alpha[0] > 0.6
+    assert examples == 11 + len(seen) * 64 and seconds > 7      # those of the reference, too
 
 
 def test_costs_of_what_a_run_needed_are_added():
     """Examples beside the run's own, unguided and guided: guides and proxies train on 8, `reference`, too."""
     flags = f"{SMALL} --steps 2 --eval-samples 3 --metrics none --guidance 2 --data {_folder()}/d.npz"
     reference, ajest = _folder() / "reference", _train(flags, "--selector ajest --guide train")
+    weights = _train(flags, "--class-weights dro") / "proxy/class_weights.json"
     for more, main, guided in [
             ("--guide snapshot", 0, 0), ("--guide train", 0, 8), (f"--guide {reference}", 0, 8),
             (f"--selector ajest --guide {reference}", 8, 8), ("--class-weights dro", 16, 16),
             (f"--selector jest --reference {reference}", 8, 8), ("--selector ajest --score hard", 0, 8),
-            (f"--guided-targets 2 --guide {ajest}", 16, 16)]:
+            (f"--guided-targets 2 --guide {ajest}", 16, 16),
+            (f"--class-weights {weights}", 16, 16)]:
         records = _records(run := _train(flags, more), "eval")
         assert [r["guidance"] for r in records] == [1, 2]
         assert [r["other_examples"] for r in records] == [main, guided], more
@@ -902,6 +1061,16 @@ def test_costs_of_what_a_run_needed_are_added():
         if str(reference) in more:
             assert records[1]["other_seconds"] == _load(reference)["progress"]["seconds"]
         assert {r["other_examples"] for r in _records(run)} == {main}
+
+
+def test_features_count_when_they_come_from_the_cache_and_only_when_used(monkeypatch, tmp_path):
+    flags = f"{SMALL} --steps 2 --guide none --keep 0.5 --data {_folder()}/d.npz --prune"
+    _fid_classifier(tmp_path / "own.pt")
+    monkeypatch.setattr(fid, "data_features", lambda network, dataset, label: (torch.randn(60, 5), 1000.0))
+    run = _train(flags, f"gaussian --prune-features own:{tmp_path}/own.pt")
+    assert 1000 < _records(run)[0]["other_seconds"] < 1010
+    monkeypatch.setattr(data, "pixel_features", None)           # random pruning asks for no features
+    assert _records(_train(flags, "random"))[0]["other_seconds"] < 10
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -338,13 +338,22 @@ def decode(x, config):
     return x.round().clip(0, 255).to(torch.uint8) if config["kind"] == "image" else x
 
 
+GOLDEN = 0x9E3779B97F4A7C15                     # 2 ** 64 over the golden ratio
+
+
 def classes_in_turn(shares, index):
-    """The class of the samples with these numbers, int64 [n]: of K equal `shares` each in turn, of others in
-    their proportions in any long stretch. A turn asks for K quantiles, moved from turn to turn."""
-    turn, place = (index // len(shares)).double(), index % len(shares)
-    quantile = (place + (turn + 0.5) * 0.6180339887498949 % 1) / len(shares)            # the golden ratio
+    """The class of the samples with these numbers: shares [K] of sum 1, index int64 [n] -> int64 [n].
+
+    Equal shares give each class in turn. Other shares are met in every long stretch of numbers: each K
+    numbers in a row ask for K evenly spaced quantiles, which the golden ratio shifts from one such turn to
+    the next. The shift is computed in integers, since a double no longer resolves it for numbers near 1e15.
+    """
+    K = len(shares)
+    shift = [(2 * turn + 1) * GOLDEN % 2 ** 65 / 2 ** 65 for turn in (index // K).tolist()]
+    shift = torch.tensor(shift, dtype=torch.float64)            # (turn + 1/2) / the golden ratio, modulo 1
+    quantile = (index % K + shift) / K
     ends = torch.tensor(shares, dtype=torch.float64).cumsum(0)
-    return torch.searchsorted(ends, quantile).clamp(max=len(shares) - 1)
+    return torch.searchsorted(ends, quantile).clamp(max=K - 1)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -382,8 +391,10 @@ class Batches:
         P_mean=-1.2,            # of ln sigma
         P_std=1.2,
         rows=slice(None),       # the rows of the n that are wanted here (several processes)
+        purpose="",             # begins the names of its streams: "validation-" shares no noise with training
     ):
         self.dataset, self.n, self.seed, self.device = dataset, n, seed, torch.device(device)
+        self.purpose = purpose
         self.flip, self.targets, self.P_mean, self.P_std, self.rows = flip, targets, P_mean, P_std, rows
         if dataset.kind != "tree":
             self.pool = torch.arange(len(dataset)) if pool is None else pool
@@ -418,7 +429,7 @@ class Batches:
         return batch
 
     def _draw(self, step, name, device="cpu"):
-        return stream(self.seed, step, name, device)
+        return stream(self.seed, step, self.purpose + name, device)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -699,6 +710,8 @@ def long_tail(labels, ratio, seed=0):
 #   gaussian    log-density under the class's Gaussian (instance selection, https://arxiv.org/abs/2007.15255)
 #   knn         minus the distance to the k-th nearest neighbour of the class
 #   moderate    closeness of the distance from the class's median feature to the median of these distances
+#               (moderate coresets, ICLR 2023). Their code takes one window of ranks over all classes, in which
+#               a class may lose everything; this ranks within a class, as the pruning paper prunes.
 #   random      a random number
 
 PRUNING = ("gaussian", "knn", "moderate", "random")
@@ -781,12 +794,20 @@ def pixel_features(dataset, index, dims=64):
 # mixed with the uniform weights. The result is the running mean of alpha.
 
 class GroupDRO(torch.nn.Module):
-    """`weights` [classes] and `mean` [classes], their running mean, both of sum 1. A class with fewer than
-    `min_count` examples in a batch keeps its last e_c: with 0 instead, it would sink for being rare."""
+    """`weights` [classes] are alpha, `mean` [classes] is its running mean; both sum to 1.
 
-    def __init__(self, classes, eta=0.01, smoothing=1e-3, min_count=2):
+    eta         step size; 1 in DoReMi's paper and in the arguments of its official code
+    smoothing   share of the uniform weights; 1e-3 in the paper, 1e-4 in its code
+
+    Algorithm 1 weighs the loss of a step by the alpha of the same step. Here alpha weighs the loss of the
+    next step, because the gradients of the first micro-batches are taken before the excess of the last is
+    known. A class that is absent from a batch keeps its last e_c: with 0 instead, it would sink for being
+    rare.
+    """
+
+    def __init__(self, classes, eta=1.0, smoothing=1e-3):
         super().__init__()
-        self.eta, self.smoothing, self.min_count = eta, smoothing, min_count
+        self.eta, self.smoothing = eta, smoothing
         self.register_buffer("log_weights", torch.full((classes,), -math.log(classes)))
         self.register_buffer("excess", torch.zeros(classes))
         self.register_buffer("total", torch.zeros(classes))
@@ -802,7 +823,7 @@ class GroupDRO(torch.nn.Module):
     def update(self, totals):
         """One step from the `totals` of a batch."""
         total, count = totals
-        self.excess = torch.where(count >= self.min_count, total / count.clamp(min=1), self.excess)
+        self.excess = torch.where(count > 0, total / count.clamp(min=1), self.excess)
         alpha = torch.softmax(self.log_weights + self.eta * self.excess, 0)
         alpha = (1 - self.smoothing) * alpha + self.smoothing / len(alpha)
         self.log_weights = alpha.log()

@@ -1215,6 +1215,31 @@ def test_classes_come_in_turn_or_in_their_shares():
         assert (counts - 1000 * shares).abs().max() < 5 and counts[2] == 0
 
 
+@pytest.mark.parametrize("shares", [[0.5, 0.5], [0.5, 0.3, 0.2]])
+def test_classes_keep_their_shares_at_the_largest_seeds(shares):
+    index = torch.arange(10 ** 15 - 30_000, 10 ** 15)
+    counts = torch.bincount(data.classes_in_turn(shares, index), minlength=len(shares))
+    assert (counts / 30_000 - torch.tensor(shares)).abs().max() < 0.001
+
+
+def test_the_order_of_classes_is_the_one_that_doubles_gave():
+    index = torch.arange(6000)
+    turn = (index // 3).double()
+    quantile = (index % 3 + (turn + 0.5) * 0.6180339887498949 % 1) / 3
+    shares = [0.31, 0.49, 0.2]
+    expect = torch.bucketize(quantile, torch.tensor(shares, dtype=torch.float64).cumsum(0))
+    assert torch.equal(data.classes_in_turn(shares, index), expect)
+
+
+def test_a_purpose_gives_batches_streams_of_their_own():
+    training = data.Batches(TREE, 8, 0)
+    validation = data.Batches(TREE, 8, 0, purpose="validation-")
+    for ours, other in zip(training[0], validation[0]):
+        assert ours is None or not torch.equal(ours, other)
+    drawn = torch.randn(8, generator=data.stream(0, 0, "validation-sigma"))
+    assert torch.equal(validation[0].sigma, (drawn * 1.2 - 1.2).exp())
+
+
 def test_exact_targets_are_the_exact_denoiser():
     sample, exact = (data.Batches(TREE, 64, 3, targets=name, P_mean=-2.3)[0] for name in ("sample", "exact"))
     torch.testing.assert_close((*sample[:3], sample.target), (*exact[:3], exact.x0))
@@ -1454,17 +1479,25 @@ def test_long_tail_counts():
 
 
 def test_group_dro_by_hand():
-    dro, alpha, total = data.GroupDRO(3, eta=0.7, smoothing=0.01), np.full(3, 1 / 3), np.zeros(3)
+    dro = data.GroupDRO(3, eta=0.7, smoothing=0.01)
+    alpha, total = np.full(3, 1 / 3), np.zeros(3)
     steps = [([0.4, -1.0, 0.8, 2.0, 1.0], [0, 0, 0, 2, 2], [0.4, 0, 1.5]),      # class 1 is absent
-             ([0.3, 0.5, 9.0, math.nan, 0.2], [1, 1, 0, 2, 2], [0.4, 0.4, 0.1])]        # one of class 0 only
+             ([0.3, 0.5, 9.0, math.nan, 0.2], [1, 1, 0, 2, 2], [9.0, 0.4, 0.1])]        # one of class 0 only
     for excess, labels, e in steps:
-        parts = zip(torch.tensor(excess).split(3), torch.tensor(labels).split(3))       # of two processes
-        dro.update(sum(dro.totals(*part) for part in parts))
+        halves = zip(torch.tensor(excess).split(3), torch.tensor(labels).split(3))      # of two processes
+        dro.update(sum(dro.totals(*half) for half in halves))
         alpha = alpha * np.exp(0.7 * np.array(e))
         alpha = 0.99 * alpha / alpha.sum() + 0.01 / 3
         total += alpha
         np.testing.assert_allclose(dro.weights, alpha, rtol=1e-5)
     np.testing.assert_allclose(dro.mean, total / 2, rtol=1e-5)
+
+
+def test_group_dro_takes_the_step_size_of_its_paper():
+    dro = data.GroupDRO(2)
+    dro.update(dro.totals(torch.tensor([0.5, 0.0]), torch.tensor([0, 1])))
+    alpha = np.exp([0.5, 0.0]) / np.exp([0.5, 0.0]).sum()
+    np.testing.assert_allclose(dro.weights, 0.999 * alpha + 0.0005, rtol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -171,7 +171,7 @@ def settings(argv=None):
     c.kind, c.shape, c.classes = dataset.kind, list(dataset.shape), dataset.classes
     c.class_names, c.net_classes = list(dataset.class_names), 2 * max(c.classes, 1) if c.flip else c.classes
     c.mean, c.std = (list(getattr(dataset, moment, ())) for moment in ("mean", "std"))
-    c.class_shares = (class_counts(dataset).double() / len(dataset)).tolist() if c.classes else [1.0]
+    c.class_shares = (data.class_counts(dataset).double() / len(dataset)).tolist() if c.classes else [1.0]
     for key in set(old.get("flags", ())) | set(flags) if old else ():
         was, now = old.get(key), getattr(c, key)
         if key in PATHS:
@@ -228,7 +228,8 @@ def refuse(c, examples):
         (c.guide == "snapshot" and c.guide_steps > c.steps,
          f"--guide-steps {c.guide_steps}: the snapshot is to be taken within the {c.steps} --steps"),
         (not tree and (c.shape[1] != c.shape[2] or c.shape[1] % 8),
-         f"--size: the UNet needs square images of a multiple of 8 pixels, not {c.shape}"),
+         f"{'--size' if c.kind == 'image' else 'latents'}: the UNet needs a square of a multiple of 8 pixels, "
+         f"not {c.shape}"),
         (c.kind != "image" and c.flip, "--flip is for images"),
         (not tree and c.targets == "exact", "--targets exact is for the tree"),
         (c.holdout >= examples, f"--holdout {c.holdout}: the data has no more examples"),
@@ -351,11 +352,6 @@ def make_objective(c, denoiser, guide_denoiser=None):
     return model.accelerate(objective, c.device, c.bf16, c.compile)
 
 
-def micro_batches(n, size):
-    """Slices of n examples, of `size` each (None: one)."""
-    return [slice(i, i + (size or n)) for i in range(0, n, size or n)]
-
-
 def make_selectors(c, dataset, denoiser, ema, keep, guide_path):
     """-> (Uniform for steps that do not select, Jest for those that do or None)."""
     how = dict(device=c.device, pool=keep, flip=c.flip, P_mean=c.P_mean, P_std=c.P_std, targets=c.targets,
@@ -380,7 +376,7 @@ def make_selectors(c, dataset, denoiser, ema, keep, guide_path):
     @torch.no_grad()
     def losses(batch):
         denoiser.eval()                                         # without dropout
-        parts = [both(*batch.rows(rows)) for rows in micro_batches(len(batch.x0), c.micro_batch)]
+        parts = [both(*batch.rows(rows)) for rows in data.micro_batches(len(batch.x0), c.micro_batch)]
         denoiser.train()
         return torch.cat(parts, 1)
     jest = select.Jest(super_batches, losses, c.batch // WORLD,
@@ -423,7 +419,7 @@ def train(
     parts = dict(model=denoiser, ema=ema, optimizer=optimizer)
     if dro_reference:
         dro = parts["dro"] = data.GroupDRO(c.classes, c.eta).to(device)
-        counts = class_counts(dataset, keep).to(device)
+        counts = data.class_counts(dataset, keep).to(device)
         reference_loss = model.accelerate(load_matching(dro_reference, c).loss, device, c.bf16, c.compile)
     p, log = dict(step=0, seconds=0.0, examples_trained=0, examples_drawn=0, selecting=True, snapshot=False,
                   other_seconds=costs[0], other_examples=costs[1]), []
@@ -475,7 +471,7 @@ def train(
         if c.dropout:
             torch.manual_seed(data.stream(c.seed, step, f"dropout{RANK or ''}").initial_seed())
         losses = []
-        for rows in micro_batches(len(batch.x0), c.micro_batch):
+        for rows in data.micro_batches(len(batch.x0), c.micro_batch):
             total, part = objective(*batch.rows(rows), weight[rows])
             (total * (len(part) / len(batch.x0))).backward()
             losses.append(part)
@@ -493,7 +489,7 @@ def train(
         if dro_reference:
             with torch.no_grad():
                 reference = [reference_loss(*batch.rows(rows))[0]
-                             for rows in micro_batches(len(batch.x0), c.micro_batch)]
+                             for rows in data.micro_batches(len(batch.x0), c.micro_batch)]
                 totals = dro.totals(losses - torch.cat(reference), batch.labels % c.classes)
             average([totals])
             dro.update(WORLD * totals)
@@ -535,9 +531,9 @@ def train(
                 saved = time.monotonic()
             began = now(c) - p["seconds"]
     if dro_reference and RANK == 0:
-        found = (dro.mean * counts.sum() / counts.clamp_min(1)).tolist()
-        with data.writing(out / "class_weights.json") as file:
-            file.write(json.dumps(dict(zip(c.class_names, found)), indent=1).encode())
+        found = dro.mean * counts.sum() / counts.clamp_min(1)
+        data.write_class_weights(out / "class_weights.json", c.class_names, found, p["seconds"],
+                                 p["examples_trained"])
     barrier()
 
 
@@ -639,7 +635,7 @@ class Evaluate:
             padded = torch.cat([index, index[:1].expand(c.batch - len(index))])         # one shape
             batch = batches.of(padded, step)
             D_x = torch.cat([self.main(part.x, part.sigma, part.labels) for part in map(
-                batch.rows, micro_batches(c.batch, c.micro_batch))])
+                batch.rows, data.micro_batches(c.batch, c.micro_batch))])
             losses.append(model.per_example_loss(D_x, batch.x0, batch.sigma)[:len(index)])
         return torch.cat(losses).mean().item()
 
@@ -661,11 +657,8 @@ def choose_examples(c, dataset, out):
     and the seconds that pruning took. --keep draws coreset.png."""
     if c.kind == "tree":
         return None, None, None, 0.0
-    order, began = torch.randperm(len(dataset), generator=data.stream(0, 0, "holdout")), time.monotonic()
-    held_out, pool = (part.sort().values for part in order.tensor_split([c.holdout]))
-    held_out = held_out if c.holdout else None
-    if c.imbalance:
-        pool = pool[data.long_tail(dataset.labels[pool], c.imbalance, c.seed)]
+    began = time.monotonic()
+    pool, held_out = data.split_pool(dataset, c.holdout, c.imbalance, c.seed)
     if c.keep is None:
         return pool, pool, held_out, 0.0
     if c.prune_features == "pixels" or c.prune == "random":
@@ -682,22 +675,15 @@ def choose_examples(c, dataset, out):
     return pool, pool[keep], held_out, seconds
 
 
-def class_counts(dataset, keep=slice(None)):
-    """How many examples of each class there are, of those to keep: float32 [classes]."""
-    return torch.bincount(dataset.labels[keep], minlength=dataset.classes).float()
-
-
 def read_class_weights(c, path, counts):
     """-> weights [classes] of mean 1 over the examples, from a class_weights.json or inverse to frequency."""
     if path == "inverse":
-        weights = 1 / counts.clamp_min(1)
+        weights = data.inverse_frequency(counts)
     else:
-        with data.reading(path, "class weights for these classes"):
-            content = json.loads(Path(path).read_text())
-            weights = torch.tensor([float(content.pop(name)) for name in c.class_names])
-            if content or not 0 <= weights.min() <= weights.max() < math.inf or not (weights * counts).sum():
-                raise ValueError("there are others, or they are negative, not finite or all 0")
-    return (weights * counts.sum() / (weights * counts).sum()).to(c.device)
+        weights, _, _ = data.read_class_weights(path, c.class_names)
+        if not (weights * counts).sum():
+            raise data.DataError(f"{path}: not class weights for these classes, they are all 0")
+    return data.class_weights_of_mean_one(weights, counts).to(c.device)
 
 
 @contextlib.contextmanager
@@ -739,7 +725,7 @@ def main(argv=None):
             needs.add(reference := Path(model.checkpoint_of(c.reference)))
             load_matching(reference, c)
         if c.class_weights not in (None, "dro"):
-            weights = read_class_weights(c, c.class_weights, class_counts(dataset, keep))
+            weights = read_class_weights(c, c.class_weights, data.class_counts(dataset, keep))
         if RANK == 0:
             with data.writing(out / "config.json") as file:
                 file.write(json.dumps(vars(c), indent=1).encode())
@@ -757,7 +743,7 @@ def main(argv=None):
             proxy = stage(c, dataset, out / "proxy", keep, dro_reference=guide_path)
             needs.add(proxy)
             path = proxy.with_name("class_weights.json")
-            weights = read_class_weights(c, path, class_counts(dataset, keep))
+            weights = read_class_weights(c, path, data.class_counts(dataset, keep))
 
         # The model. What it needed counts, and a guide that it did not need counts for guided samples.
         costs = [sum(cost) for cost in zip((seconds, 0), *map(cost_of, needs))]

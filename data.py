@@ -286,6 +286,8 @@ class Batch(typing.NamedTuple):
 
 
 class Batches:
+    """batches[step] is the Batch of a step, batches.of(index, step) that of given examples."""
+
     def __init__(
         self,
         dataset,                # Dataset or Tree, moved to its device beforehand
@@ -395,7 +397,7 @@ IMAGES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".t
 if "avif" in pillow_features.modules and pillow_features.check("avif"):
     IMAGES += (".avif",)
 NOTES = {".txt", ".md", ".json", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".html", ".log", ".py", ".db",
-         ".ini", ".sh", ".pdf"}                         # a folder of these alone is not taken for a class
+         ".ini", ".sh", ".pdf"}                 # a folder that holds only these is not a class
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "unlabeled", "unlabelled"}
 CIFAR_BATCHES = [f"data_batch_{i}" for i in range(1, 6)]
 CIFAR_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
@@ -489,8 +491,8 @@ def _make_dataset(x, labels, names=None, report=(), **settings):
             classes += ", ..."
     c, h, w = x.shape[1:]
     dataset.report = [f"{len(x):,} {dataset.kind}s of {c}x{h}x{w}", classes, *report]
-    settings = (x.shape, dataset.kind, dataset.class_names, dataset.mean, dataset.std)
-    digest = hashlib.sha256(repr(settings).encode())
+    values = (x.shape, dataset.kind, dataset.class_names, dataset.mean, dataset.std)
+    digest = hashlib.sha256(repr(values).encode())
     digest.update(x)
     if labels is not None:
         digest.update(dataset.labels.numpy())
@@ -531,9 +533,9 @@ def _walk(folder, prefix="", above=()):
     with os.scandir(folder) as entries:
         names = sorted(entry.name for entry in entries)
     for name in names:
-        entry_path = os.path.join(folder, name)
         if _is_hidden(name):
             continue
+        entry_path = os.path.join(folder, name)
         if os.path.isdir(entry_path):
             yield from _walk(entry_path, f"{prefix}{name}/", (*above, identity))
         else:
@@ -736,7 +738,7 @@ def _decode_all(readers, size):
             if picture.pixels.shape != x.shape[1:]:
                 raise ValueError(f"sizes differ, give --size: {names[0]}, {names[i]}")
             x[i] = picture.pixels
-            if picture.frames_left_out:
+            if picture.frames_left_out > 0:
                 frames.append(picture.frames_left_out)
             if picture.is_enlarged:
                 enlarged += 1
@@ -770,7 +772,7 @@ def _decode(name, read, size):
         return _Picture(_resize(image.convert("RGB"), size), frames - 1, is_enlarged)
     except UnidentifiedImageError:
         raise ValueError(f"{name}: cannot identify image file") from None
-    except NameError:                                           # a mistake in this file
+    except (NameError, ImportError):                            # no file causes these
         raise
     except Exception as error:                                  # Pillow's decoders raise all kinds
         raise ValueError(f"{name}: {error}") from None
@@ -837,7 +839,10 @@ def _read_cifar(members, batches, size):
 def _read_npz(source, size):
     """Dataset of its `images` or `latents`, with `labels`, `class_names`, `mean` and `std` if it has them."""
     with np.load(source, allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
+        names = {"images", "latents", "labels", "class_names", "mean", "std"}.intersection(file.files)
+        arrays = {name: file[name] for name in names}
+    if "images" not in arrays and "latents" not in arrays:
+        raise ValueError("it has neither `images` nor `latents`")
     labels = arrays.get("labels")
     class_names = arrays.get("class_names")
     if class_names is not None:
@@ -884,7 +889,7 @@ def _check_latents(arrays):
     if mean.shape != channels or std.shape != channels:
         raise ValueError(f"`mean`, `std` are {list(mean.shape)}, {list(std.shape)}, wanted {list(channels)}")
     if not np.isfinite([mean, std]).all() or std.min() <= 0:
-        raise ValueError("`mean`, `std` are to be finite, and `std` above 0")
+        raise ValueError("`mean` and `std` must be finite, and `std` above 0")
     return x, mean, std
 
 

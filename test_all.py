@@ -1450,7 +1450,7 @@ DATA_LAYOUTS = [                # suffixes (None: folder and zips), files, what 
     (None, data_under("a/b", data_edm(0, 0, 2, 2, 5, 5)),
      dict(labels=[0, 0, 1, 1, 2, 2], class_names=[*"025"])),
     (None, DATA_GRAY, DATA_NO | dict(x=[DATA_X[0], [DATA_X[1, 0]] * 3, [DATA_16 >> 8] * 3])),
-    ([".npz"], dict(images=DATA_X), DATA_NO),
+    ([".npz"], dict(images=DATA_X, other=np.array([{}])), DATA_NO),     # a pickled object, which is not read
     ([".npz"], dict(images=DATA_RGB, labels=[0, 0, 0, 2, 2, 2], class_names=["ant", "fly", "bee"]), {}),
     ([".npz"], dict(latents=DATA_Z), DATA_NO | dict(
         x=DATA_Z, kind="latent", mean=DATA_Z.mean((0, 2, 3), float), std=DATA_Z.std((0, 2, 3), float))),
@@ -1565,6 +1565,8 @@ def test_frames_left_out_are_counted(tmp_path):
         several = data_file(frames[0], form, save_all=True, append_images=frames[1:])
         path = data_write(tmp_path / form, {f"0.{form.lower()}": several, f"1.{form.lower()}": several})
         assert "4 frames left out: only the first is read of 2 files" in data_report(path)
+        if form in ("TIFF", "PNG"):                             # the others are lossy
+            assert np.array_equal(data.load(path).x, DATA_X[[0, 0]])
     photo = data_file(frames[0], "MPO", save_all=True, append_images=frames[1:])
     assert "frames" not in data_report(data_write(tmp_path / "phone", {"0.jpg": photo}))
 
@@ -1645,6 +1647,8 @@ DATA_BAD = [                    # what is loaded, the files there (or names of i
     ("d.npz", dict(images=DATA_X, labels=[-1] * 6), "from 0 on"),
     ("d.npz", dict(images=DATA_X[:, :2]), "[6, 2, 8, 8], wanted three"),
     ("d.npz", dict(images=DATA_X, labels=[0] * 6, class_names=["a", "a"]), "K different"),
+    ("d.npz", dict(samples=DATA_X), "neither `images` nor `latents`"),
+    ("d.npz", dict(latents=DATA_Z, mean=[0] * 4, std=[1, 1, 1, 0]), "`std` above 0"),
 ]
 
 

@@ -1249,10 +1249,12 @@ def writing(target):
         if error.filename not in (None, temporary):             # of another file, which the block reads
             raise
         raise _cannot_be_written(target, error) from None
-    except RuntimeError as error:
-        if not isinstance(error.__context__, OSError):
-            raise
-        raise _cannot_be_written(target, error.__context__) from None           # torch.save on a full disk
+    except RuntimeError as error:                               # torch.save's, if the disk is full
+        if isinstance(error.__context__, OSError):
+            raise _cannot_be_written(target, error.__context__) from None
+        if "PytorchStreamWriter" in str(error):
+            raise _cannot_be_written(target, OSError(error)) from None
+        raise
     finally:
         with contextlib.suppress(OSError):
             os.remove(temporary)
@@ -1296,7 +1298,7 @@ def path(text):
 
 
 def number(kind, interval):
-    """An argparse type: int or float (`kind`) in an interval, as "[1, inf)" or "(0, 1]"; NaN is in none."""
+    """An argparse type: int or float (`kind`) in an interval, as "[1, inf)" or "(0, 1]", and never NaN."""
     ends = interval[1:-1].split(",")
     low = float(ends[0])
     high = float(ends[1])
@@ -1319,7 +1321,9 @@ def device(text):
     try:
         wanted = torch.device(text)
         if wanted.type == "cuda":
-            index = wanted.index or int(os.environ.get("LOCAL_RANK", 0))
+            index = wanted.index
+            if not index:                                       # "cuda" and "cuda:0": the process's own
+                index = int(os.environ.get("LOCAL_RANK", 0))
             wanted = torch.device("cuda", index)
             torch.cuda.set_device(wanted)                       # before the first call that would take cuda:0
         elif wanted.type != "cpu":
@@ -1416,11 +1420,11 @@ def progress(text, last=False):
 
 
 def _terminal_columns():
-    """The width of the terminal that stderr is; None where it is none or gone."""
+    """The width of the terminal behind stderr; None if stderr is no terminal, or the terminal is closed."""
     try:
         if not sys.stderr.isatty():
             return None
-    except (AttributeError, OSError, ValueError):               # None or closed
+    except (AttributeError, OSError, ValueError):               # stderr is None or closed
         return None
     try:
         columns = os.get_terminal_size(sys.stderr.fileno()).columns

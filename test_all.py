@@ -1120,6 +1120,13 @@ def test_writing_names_the_file_that_torch_cannot_save(tmp_path, size):
     assert os.listdir(tmp_path) == []
 
 
+def test_writing_knows_the_error_of_torch_by_its_words(tmp_path):
+    words = "PytorchStreamWriter failed writing file data/0: file write failed"
+    with pytest.raises(data.DataError, match=f"/x.pt: cannot be written, {words}"):
+        with data.writing(tmp_path / "x.pt"):
+            raise RuntimeError(words)
+
+
 def test_leftovers_older_than_a_day_are_removed(tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     (cache / "guide").mkdir(parents=True)

@@ -1,12 +1,13 @@
-"""Data: the 2-D tree, image and latent data sets, batches that are a function of (seed, step), coreset
-pruning, class weights by distributionally robust optimization, and pictures.
+"""Data: the 2-D tree, sets of images or latents, batches, loading, pruning, class weights and pictures.
 
-Pruning then reweighting: https://arxiv.org/abs/2409.19128. The tree: https://arxiv.org/abs/2406.02507. First
-come the helpers for files and flags that every program uses. What a data set holds, without training on it:
+A batch is a function of (seed, step). Pruning and class weights: "Pruning then Reweighting: Towards
+Data-Efficient Training of Diffusion Models" (arXiv 2409.19128). The tree: arXiv 2406.02507. The helpers for
+files, flags and programs stand at the end. To see what a data set holds, without training on it:
 
     python -c "import data; print(*data.load('data/cifar10', size=16).report, sep='\\n')"
 """
 import argparse
+import collections
 import contextlib
 import functools
 import hashlib
@@ -15,8 +16,12 @@ import json
 import math
 import os
 import pickle
+import re
+import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
 import typing
 import zipfile
@@ -26,225 +31,115 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import features as pillow_features
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Files. Whatever goes wrong while one is read becomes one DataError that names it; one that is written
-# appears whole or not at all.
-
-class DataError(ValueError):
-    """What a program's user can mend: one printable line that names the file or flag and says why."""
-
-    def __str__(self):
-        return "".join(c if c.isprintable() else " " for c in super().__str__())
-
-
-@contextlib.contextmanager
-def reading(path, what):
-    """Any exception inside becomes a DataError, "PATH: not WHAT, why"."""
-    try:
-        yield
-    except (DataError, torch.OutOfMemoryError):
-        raise
-    except FileNotFoundError as error:
-        raise DataError(f"{error.filename or path}: no such file") from None
-    except Exception as error:
-        why = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{path}: not {what}, {why[:200]}") from None
-
-
-@contextlib.contextmanager
-def writing(path):
-    """A binary file that is renamed to `path` when the block ends well, and removed when it does not."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:                    # torch.save: a full disk is a RuntimeError
-        why = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise DataError(f"{path}: cannot be written, {why[:80]}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
-
-
-def output(path):
-    """Make the folder in which `path` is to be written; OSError where nothing can be. To be called before the
-    work, not after it."""
-    folder = Path(path).absolute().parent
-    folder.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=folder).close()
-    if os.path.isdir(path):
-        raise DataError(f"{path}: is a folder, a file is to be written")
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Flags and programs. A flag's range stands on the flag; argparse then names it.
-
-def number(kind, interval):
-    """An argparse type: int or float (`kind`) in an interval, as "[1, inf)" or "(0, 1]"; NaN is in none."""
-    low, high = (float(end) for end in interval[1:-1].split(","))
-
-    def parse(text):
-        """The number that `text` says; ArgumentTypeError outside of the interval."""
-        value = kind(text)
-        above = value > low or value == low and interval[0] == "["
-        below = value < high or value == high and interval[-1] == "]"
-        if not (above and below and abs(value) < 2 ** 62):      # more than that fits no tensor
-            raise argparse.ArgumentTypeError(f"{text} is not in {interval}")
-        return value
-    parse.__name__ = kind.__name__                              # "invalid int value: 'x'"
-    return parse
-
-
-def device(text):
-    """An argparse type: the name of a torch device that is there. Of several processes each takes its own."""
-    try:
-        where = torch.device(text)
-        if where.type == "cuda":
-            where = torch.device("cuda", where.index or int(os.environ.get("LOCAL_RANK", 0)))
-            torch.cuda.set_device(where)                        # before the first call that would take cuda:0
-        elif where.type != "cpu":
-            raise RuntimeError("cpu and cuda are supported")
-    except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f"{text}: {str(error).splitlines()[0][:80]}") from None
-    return str(where)
-
-
-def parser(description, usage):
-    """An ArgumentParser whose help shows every default; flags are not abbreviated."""
-    class Help(argparse.ArgumentDefaultsHelpFormatter):
-        def _get_help_string(self, action):
-            return action.help if action.default in (None, False) else super()._get_help_string(action)
-    return argparse.ArgumentParser(description=description.split("\n\n")[0], usage=f"%(prog)s {usage}",
-                                   allow_abbrev=False, formatter_class=lambda prog: Help(prog, width=110))
-
-
-def parse(parser, argv=None):
-    """-> (the arguments in argv or the command line, {name: value} of those that were given)."""
-    args = parser.parse_args(argv)
-    given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args)))))
-    return args, {name: value for name, value in given.items() if value is not None}
-
-
-def refuse_unused(given, rows):
-    """DataError for a flag that would do nothing; rows of (whether what it needs is there, what, flags)."""
-    for there, what, flags in rows:
-        for flag in flags.split():
-            if given.get(flag) and not there:
-                raise DataError(f"--{flag.replace('_', '-')} needs {what}")
-
-
-def command(run):
-    """Call run(); what the user can mend becomes one line on stderr and exit status 2, Ctrl-C status 130."""
-    try:
-        return run()
-    except torch.OutOfMemoryError:
-        why, status = "error: out of device memory: smaller --batch or --micro-batch, or --device cpu", 2
-    except (DataError, OSError) as error:
-        why, status = f"error: {error}", 2
-    except KeyboardInterrupt:
-        why, status = "stopped; a training run goes on with the same command", 130
-    print(why, file=sys.stderr)
-    raise SystemExit(status)
-
-
-def progress(text, last=False, shown=[-math.inf]):
-    """Show `text` on stderr: rewritten in place on a terminal, else every ten seconds and the `last`."""
-    now, terminal = time.monotonic(), sys.stderr.isatty()
-    if last or now - shown[0] > (0.5 if terminal else 10):
-        shown[0] = now
-        print(text.ljust(110) if terminal else text, end="\r" if terminal and not last else "\n",
-              file=sys.stderr, flush=True)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# A random generator for one purpose at one step. Everything random is a function of (seed, step, name), so
-# that resuming replays nothing and two runs with one seed see the same data and noise.
-
-def stream(seed, step, name, device="cpu"):
-    """torch.Generator on `device`, seeded by a hash of (seed, step, name); name is e.g. "data" or "noise"."""
-    digest = hashlib.blake2b(f"{seed}/{step}/{name}".encode(), digest_size=8).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little"))
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The 2-D toy density of the autoguidance paper: a tree of branches, eight Gaussians along each, drawn by a
-# recursion on one random stream. Being a Gaussian mixture, it has an exact density, score and denoiser at
-# every noise level, so that what a model learns can be compared with what it should have learned.
+# The 2-D toy density of the autoguidance paper: a tree of branches with eight Gaussians along each, drawn by
+# a recursion on one random stream. A Gaussian mixture has an exact density, score and denoiser at every noise
+# level, so that a trained model can be compared with the right answer.
 
 class Tree:
     """Mixture of 127 branches of eight Gaussians a class in the plane; classes = "A", "B" or "AB"."""
-    kind, shape, classes, class_names = "tree", (2,), 0, ()
+    kind = "tree"
+    shape = (2,)
+    classes = 0
+    class_names = ()
 
     def __init__(self, classes="A", device="cpu"):
-        branches, random = [], np.random.RandomState(2)
-        for name, angle in (("A", np.pi / 4), ("B", np.pi * 5 / 4)):        # B continues A's random stream
+        random = np.random.RandomState(2)
+        branches = []
+        for name, angle in (("A", np.pi / 4), ("B", np.pi * 5 / 4)):
             grown = _grow(random, np.array([0.0030, 0.0325]), angle)
-            branches += grown if name in classes else []
-        weight, mean, cov = (np.stack(part) for part in zip(*branches))     # [K], [K, 8, 2], [K, 2, 2]
-        weight = weight / (8 * weight.sum())                                # of each Gaussian of the branch
-        lam, axes = np.linalg.eigh(cov)                                     # cov = axes diag(lam) axes^T
-        middle, half = mean.mean(1), (mean[:, 7] - mean[:, 0]) / 2          # [K, 2]
-        self.parameters = dict(                                             # float64; K branches
-            cumulative=np.cumsum(weight.repeat(8)), mean=mean.reshape(-1, 2),           # of 8 K Gaussians
-            root=(axes * np.sqrt(lam)[:, None, :]).repeat(8, 0),            # [8 K, 2, 2]
-            axes=axes.transpose(2, 1, 0), lam=lam.T[:, None],               # [axis, dim, K], [axis, 1, K]
-            middle=np.einsum("kda,kd->ak", axes, middle)[:, None],          # in the branch's own axes
-            half=np.einsum("kda,kd->ak", axes, half)[:, None], log_weight=np.log(weight))
+            if name in classes:                                 # B's draws follow A's, even without A
+                branches += grown
+        weight = np.array([branch.weight for branch in branches])                       # [K]
+        mean = np.stack([branch.mean for branch in branches])                           # [K, 8, 2]
+        cov = np.stack([branch.cov for branch in branches])                             # [K, 2, 2]
+        weight = weight / (8 * weight.sum())                    # of each of a branch's eight Gaussians
+        lam, axes = np.linalg.eigh(cov)                         # cov = axes diag(lam) axes^T
+        middle = mean.mean(1)                                   # [K, 2]
+        half = (mean[:, 7] - mean[:, 0]) / 2                    # [K, 2], from the middle to the last Gaussian
+        self.parameters = dict(                                 # float64; K branches, 8 K Gaussians
+            cumulative=np.cumsum(weight.repeat(8)),
+            mean=mean.reshape(-1, 2),
+            root=(axes * np.sqrt(lam)[:, None, :]).repeat(8, 0),                        # [8 K, 2, 2]
+            axes=axes.transpose(2, 1, 0),                                               # [axis, dim, K]
+            lam=lam.T[:, None],                                                         # [axis, 1, K]
+            middle=np.einsum("kda,kd->ak", axes, middle)[:, None],                      # along the axes
+            half=np.einsum("kda,kd->ak", axes, half)[:, None],
+            log_weight=np.log(weight))
         self.fingerprint = hashlib.sha256(np.concatenate([mean.ravel(), cov.ravel()]).tobytes()).hexdigest()
         self.report = [f"2-D tree, class {classes}: {mean.size // 2:,} Gaussians, fresh points every step"]
         self.to(device)
 
     def to(self, device):
         """Computes on `device` from now on; returns self."""
-        self.device, self._cast = torch.device(device), {}
+        self.device = torch.device(device)
+        self._tensors = {}
         return self
 
-    def _p(self, name, dtype=torch.float32):
-        if (name, dtype) not in self._cast:
+    def _tensor(self, name, dtype=torch.float32):
+        """A parameter as a tensor on the device, which is made once."""
+        key = (name, dtype)
+        if key not in self._tensors:
             values = np.ascontiguousarray(self.parameters[name])
-            self._cast[name, dtype] = torch.from_numpy(values).to(dtype).to(self.device)
-        return self._cast[name, dtype]
+            self._tensors[key] = torch.from_numpy(values).to(dtype).to(self.device)
+        return self._tensors[key]
 
     def sample(self, n, generator=None):
-        """n points of the density: float32 [n, 2]. Three uniforms a point: which Gaussian, and by Box-Muller
-        two normals. On the CPU a larger draw begins with the points of a smaller one."""
+        """n points of the density: float32 [n, 2].
+
+        Each point takes three uniforms: one picks the Gaussian, two give normals by Box-Muller. On the CPU a
+        larger draw therefore begins with the points of a smaller one.
+        """
         u = torch.rand(n, 3, generator=generator, device=self.device)                   # [n, 3]
-        index = torch.searchsorted(self._p("cumulative"), u[:, 0].contiguous(), right=True)
+        index = torch.searchsorted(self._tensor("cumulative"), u[:, 0].contiguous(), right=True)
         index = index.clamp(max=len(self.parameters["mean"]) - 1)                       # rounding at u = 1
-        radius, angle = (-2 * torch.log1p(-u[:, 1])).sqrt(), 2 * math.pi * u[:, 2]
+        radius = (-2 * torch.log1p(-u[:, 1])).sqrt()
+        angle = 2 * math.pi * u[:, 2]
         z = radius[:, None] * torch.stack([angle.cos(), angle.sin()], dim=1)            # [n, 2] normal
-        return self._p("mean")[index] + (self._p("root")[index] * z[:, None, :]).sum(2)
+        return self._tensor("mean")[index] + (self._tensor("root")[index] * z[:, None, :]).sum(2)
 
     def _evaluate(self, x, sigma):
-        """Log-density [n] and its gradient [n, 2] at x [n, 2]. In a branch's own axes the covariance plus
-        sigma^2 I is diagonal and shared by its Gaussians, which lie at middle + tau half, tau = -1 ... 1. So
-        an exponent is base + B tau - C tau^2 / 2, with a branch's coefficients: one product gives all."""
-        axes, lam, middle, half, log_weight = (
-            self._p(name, x.dtype) for name in ("axes", "lam", "middle", "half", "log_weight"))
+        """Log-density [n] and its gradient [n, 2] at x [n, 2]; sigma is a number or [n]."""
+        sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).reshape(-1, 1)
+        square = sigma.expand(len(x), 1) ** 2
         tau = torch.linspace(-1, 1, 8, dtype=x.dtype, device=x.device)
         powers = torch.stack([torch.ones_like(tau), tau, -tau.square() / 2], dim=1)     # [8, 3]
-        square = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).reshape(-1, 1).expand(len(x), 1) ** 2
-        rows, logp, score = 128 if x.device.type == "cpu" else 32768, [], []    # 128 fit a CPU's cache
-        for x, square in zip(x.split(rows), square.split(rows)):
-            a = x @ axes - middle                                                       # [axis, n, K]
-            precision = (lam + square).reciprocal()                                     # [axis, n, K]
-            pull, slope = precision * a, precision * half
-            base = log_weight + 0.5 * (precision.prod(0).log() - (pull * a).sum(0))
-            base_B_C = torch.stack([base, (pull * half).sum(0), (slope * half).sum(0)])
-            exponent = (powers / math.log(2) @ base_B_C.flatten(1)).view(8, *base.shape)        # [8, n, K]
-            most = exponent.amax(0).amax(1, keepdim=True)                               # [n, 1]
-            share = exponent.sub_(most).clamp_(min=-115).exp2_()                # slow where it underflows
-            S0, S1 = (powers[:, :2].T @ share.flatten(1)).view(2, *base.shape)          # sum share, share tau
-            total = S0.sum(1, keepdim=True)
-            logp.append((most + total.log2()) * math.log(2) - math.log(2 * math.pi))
-            score.append((axes @ (slope * S1 - pull * S0).mT).sum(0).mT / total)
+        rows = 128 if x.device.type == "cpu" else 32768         # 128 fit a CPU's cache
+        logp = []
+        score = []
+        for x_rows, square_rows in zip(x.split(rows), square.split(rows)):
+            logp_rows, score_rows = self._evaluate_rows(x_rows, square_rows, powers)
+            logp.append(logp_rows)
+            score.append(score_rows)
         return torch.cat(logp)[:, 0], torch.cat(score)
+
+    def _evaluate_rows(self, x, square, powers):
+        """Log-density [n, 1] and its gradient [n, 2] at x [n, 2] for squared noise levels [n, 1].
+
+        Along a branch's own axes the covariance plus sigma^2 I is diagonal, and its eight Gaussians share it.
+        They lie at middle + tau half, tau = -1 ... 1, so their exponents are base + B tau - C tau^2 / 2 with
+        three coefficients per branch, and one matrix product with `powers` [8, 3] gives them all.
+        """
+        axes = self._tensor("axes", x.dtype)
+        half = self._tensor("half", x.dtype)
+        a = x @ axes - self._tensor("middle", x.dtype)                                  # [axis, n, K]
+        precision = (self._tensor("lam", x.dtype) + square).reciprocal()                # [axis, n, K]
+        pull = precision * a
+        slope = precision * half
+        base = self._tensor("log_weight", x.dtype) + 0.5 * (precision.prod(0).log() - (pull * a).sum(0))
+        base_B_C = torch.stack([base, (pull * half).sum(0), (slope * half).sum(0)])
+        exponent = (powers / math.log(2) @ base_B_C.flatten(1)).view(8, *base.shape)    # [8, n, K], base 2
+        most = exponent.amax(0).amax(1, keepdim=True)                                   # [n, 1]
+        share = exponent.sub_(most).clamp_(min=-115).exp2_()    # the clamp avoids underflow, which is slow
+        S0, S1 = (powers[:, :2].T @ share.flatten(1)).view(2, *base.shape)      # sums of share, share tau
+        total = S0.sum(1, keepdim=True)
+        logp = (most + total.log2()) * math.log(2) - math.log(2 * math.pi)
+        score = (axes @ (slope * S1 - pull * S0).mT).sum(0).mT / total
+        return logp, score
 
     @torch.no_grad()
     def logp(self, x, sigma=0):
@@ -263,20 +158,30 @@ class Tree:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# One branch of the tree and all that grows from it: eight Gaussians along a line, then two child branches,
-# each to its end. The order of the random draws is part of the definition.
+# A branch of the tree and everything that grows from it: eight Gaussians along a line, then two child
+# branches, each grown to its end before the next. The order of the random draws is part of the definition.
+
+class _Branch(typing.NamedTuple):
+    weight: float
+    mean: np.ndarray                            # [8, 2]
+    cov: np.ndarray                             # [2, 2], shared by the eight
+
 
 def _grow(random, position, angle, depth=0):
+    """List of branches: the one that starts at `position` [2] with this angle, and all that grow from it."""
     scale = np.array([1.3136, 1.3844])
     u = np.array([np.cos(angle), np.sin(angle)])
     length = 0.292 * 0.8 ** depth * (0.2 * random.randn() + 1)
-    h, q, t = 0.2 * 0.8 ** depth / length, 0.06 * length * scale, np.linspace(0.07, 0.93, 8)
+    h = 0.2 * 0.8 ** depth / length                             # thickness
+    q = 0.06 * length * scale
+    t = np.linspace(0.07, 0.93, 8)
+    mean = (position + u * length * t[:, None]) * scale
     cov = (np.outer(u, u) + h ** 2 * (np.eye(2) - np.outer(u, u))) * np.outer(q, q)
-    branches = [(length * 0.5 ** depth, (position + u * length * t[:, None]) * scale, cov)]
+    branches = [_Branch(length * 0.5 ** depth, mean, cov)]
     for sign in (1, -1):
-        child = angle + sign * 0.7 ** depth * (0.2 * random.randn() + 1)
+        child_angle = angle + sign * 0.7 ** depth * (0.2 * random.randn() + 1)
         if depth + 1 < 7:
-            branches += _grow(random, position + u * length, child, depth + 1)
+            branches += _grow(random, position + u * length, child_angle, depth + 1)
     return branches
 
 
@@ -292,7 +197,7 @@ class Dataset:
     mean: tuple = (127.5,)                      # per channel, or one for all
     std: tuple = (63.75,)
     fingerprint: str = ""                       # hash of the content, equal for equal data wherever it lies
-    report: tuple = ()                          # what was found, lines of text
+    report: tuple = ()                          # lines that say what was loaded and what was left out
 
     def __len__(self):
         return len(self.x)
@@ -307,12 +212,16 @@ class Dataset:
 
     def take(self, index, device="cpu"):
         """The examples at `index` (on the host) as the network sees them: float32 [n, C, H, W]."""
-        return scale(put(self.x[put(index, self.x.device)], device), self.mean, self.std)
+        rows = self.x[put(index, self.x.device)]
+        return scale(put(rows, device), self.mean, self.std)
 
     def to(self, device):
-        """Moves the array to `device` (a GPU: if it takes less than half of what is free); returns self."""
-        if torch.device(device).type != "cuda" or self.x.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
-            self.x = self.x.to(device)
+        """Moves the array to `device` (to a GPU only if it takes less than half of the free memory)."""
+        if torch.device(device).type == "cuda":
+            free, _ = torch.cuda.mem_get_info(device)
+            if self.x.nbytes >= free / 2:
+                return self
+        self.x = self.x.to(device)
         return self
 
 
@@ -325,53 +234,62 @@ def put(tensor, device):
 
 def scale(x, mean, std):
     """Raw examples [n, C, H, W] -> float32 (x - mean) / std * 0.5: pixels in [-1, 1], latents of std 0.5."""
-    mean, factor = torch.tensor(mean).view(-1, 1, 1), 0.5 / torch.tensor(std).view(-1, 1, 1)
-    return (x.float() - put(mean, x.device)) * put(factor, x.device)
+    center = torch.tensor(mean).view(-1, 1, 1)
+    factor = 0.5 / torch.tensor(std).view(-1, 1, 1)
+    return (x.float() - put(center, x.device)) * put(factor, x.device)
 
 
 def decode(x, config):
-    """`scale` inverted for what a denoiser of this config samples: uint8 images, raw latents, or points."""
+    """The inverse of `scale` for samples x [n, ...] of a denoiser with this configuration: uint8 images, raw
+    latents, or the points themselves."""
     if config["kind"] == "tree":
         return x
-    mean, std = (torch.tensor(config[name]).reshape(-1, 1, 1).to(x.device) for name in ("mean", "std"))
-    x = x.float() * 2 * std + mean
-    return x.round().clip(0, 255).to(torch.uint8) if config["kind"] == "image" else x
-
-
-def classes_in_turn(shares, index):
-    """The class of the samples with these numbers, int64 [n]: of K equal `shares` each in turn, of others in
-    their proportions in any long stretch. A turn asks for K quantiles, moved from turn to turn."""
-    turn, place = (index // len(shares)).double(), index % len(shares)
-    quantile = (place + (turn + 0.5) * 0.6180339887498949 % 1) / len(shares)            # the golden ratio
-    ends = torch.tensor(shares, dtype=torch.float64).cumsum(0)
-    return torch.searchsorted(ends, quantile).clamp(max=len(shares) - 1)
+    mean = torch.tensor(config["mean"]).reshape(-1, 1, 1).to(x.device)
+    std = torch.tensor(config["std"]).reshape(-1, 1, 1).to(x.device)
+    raw = x.float() * 2 * std + mean
+    if config["kind"] == "image":
+        return raw.round().clip(0, 255).to(torch.uint8)
+    return raw
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Batches by number: batches[step] depends on (seed, step) alone, and on a CPU a uniform batch of b is the
-# beginning of that step's super-batch of B (for multiples of 16). What is small is drawn on the host and
+# Random generators. Everything random is a function of (seed, step, name), so that a resumed run replays
+# nothing, and two runs with one seed see the same data and noise.
+
+def stream(seed, step, name, device="cpu"):
+    """torch.Generator on `device`, seeded by a hash of (seed, step, name); name is e.g. "data" or "noise"."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{name}".encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little"))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Batches by number: batches[step] depends on (seed, step) alone. On a CPU a uniform batch of b is the
+# beginning of that step's super-batch of B (for multiples of 16). Small things are drawn on the host and
 # copied without waiting, the noise on the device. A mirrored image of class c has label c + classes, so that
-# flips do not leak.
+# a model does not mirror its samples.
 
 class Batch(typing.NamedTuple):
     x0: torch.Tensor                            # float32 [n, ...]
     noise: torch.Tensor                         # unit normal [n, ...]
     sigma: torch.Tensor                         # noise level [n]
     labels: torch.Tensor                        # int64 [n] or None
-    target: torch.Tensor                        # what D(x; sigma) is to be [n, ...]
+    target: torch.Tensor                        # the output that D(x; sigma) should have [n, ...]
 
     @property
     def x(self):
         """x0 + sigma noise [n, ...]."""
-        return self.x0 + self.sigma.view(-1, *[1] * (self.x0.ndim - 1)) * self.noise
+        return self.x0 + per_example(self.sigma, self.x0) * self.noise
 
     def rows(self, index):
         """The batch of some of its examples; `index` is a slice or int64 [k]."""
-        return Batch(*(None if part is None else part[index] for part in self))
+        return Batch(*(None if tensor is None else tensor[index] for tensor in self))
 
 
 class Batches:
-    def __init__(self,
+    """batches[step] is the Batch of a step, batches.of(index, step) that of given examples."""
+
+    def __init__(
+        self,
         dataset,                # Dataset or Tree, moved to its device beforehand
         n,                      # examples a batch
         seed,                   # integer
@@ -382,317 +300,634 @@ class Batches:
         P_mean=-1.2,            # of ln sigma
         P_std=1.2,
         rows=slice(None),       # the rows of the n that are wanted here (several processes)
-        purpose="",             # a word before the names of its random streams
+        purpose="",             # begins the names of the streams: "validation-" shares no noise with training
     ):
-        self.dataset, self.n, self.seed, self.device = dataset, n, seed, torch.device(device)
-        self.flip, self.targets, self.P_mean, self.P_std, self.rows = flip, targets, P_mean, P_std, rows
+        self.dataset = dataset
+        self.n = n
+        self.seed = seed
+        self.device = torch.device(device)
+        self.flip = flip
+        self.targets = targets
+        self.P_mean = P_mean
+        self.P_std = P_std
+        self.rows = rows
         self.purpose = purpose
-        if dataset.kind != "tree":
-            self.pool = torch.arange(len(dataset)) if pool is None else pool
+        self.pool = pool
+        if pool is None and dataset.kind != "tree":
+            self.pool = torch.arange(len(dataset))
 
     def __getitem__(self, step):
         """The Batch of this step, drawn with replacement."""
         if self.dataset.kind == "tree":
-            x0 = self.dataset.sample(self.n, self._draw(step, "data", self.dataset.device))
+            x0 = self.dataset.sample(self.n, self._stream(step, "data", self.dataset.device))
             return self._noised(x0[self.rows], None, step)
-        drawn = torch.randint(len(self.pool), (self.n,), generator=self._draw(step, "data"))
+        drawn = torch.randint(len(self.pool), (self.n,), generator=self._stream(step, "data"))
         return self.of(self.pool[drawn], step)
 
     def of(self, index, step):
         """The Batch of the examples at `index` int64 [n], with flips, noise levels and noise of this step."""
-        data, labels, index = self.dataset, None, index[self.rows]
-        x0 = data.take(index, self.device)
-        if data.labels is not None:
-            labels = data.labels[index]
+        wanted = index[self.rows]
+        x0 = self.dataset.take(wanted, self.device)
+        labels = None
+        if self.dataset.labels is not None:
+            labels = self.dataset.labels[wanted]
         if self.flip:
-            mirrored = torch.randint(2, (self.n,), generator=self._draw(step, "flip"))[self.rows]   # 0 or 1
-            labels = mirrored if labels is None else labels + mirrored * data.classes
-            x0 = torch.where(put(mirrored, self.device)[:, None, None, None] == 1, x0.flip(3), x0)
-        return self._noised(x0, None if labels is None else put(labels, self.device), step)
+            mirrored = torch.randint(2, (self.n,), generator=self._stream(step, "flip"))[self.rows]     # 0, 1
+            labels = mirrored if labels is None else labels + mirrored * self.dataset.classes
+            x0 = torch.where(per_example(put(mirrored, self.device), x0) == 1, x0.flip(3), x0)
+        if labels is not None:
+            labels = put(labels, self.device)
+        return self._noised(x0, labels, step)
 
     def _noised(self, x0, labels, step):
-        sigma = self.P_mean + self.P_std * torch.randn(self.n, generator=self._draw(step, "sigma"))[self.rows]
-        sigma, shape = put(sigma.exp(), self.device), (self.n, *self.dataset.shape)
-        noise = torch.randn(shape, generator=self._draw(step, "noise", self.device), device=self.device)
+        """The Batch of clean examples [n, ...] with the noise levels, noise and target of this step."""
+        normal = torch.randn(self.n, generator=self._stream(step, "sigma"))[self.rows]
+        sigma = put((self.P_mean + self.P_std * normal).exp(), self.device)
+        shape = (self.n, *self.dataset.shape)
+        noise = torch.randn(shape, generator=self._stream(step, "noise", self.device), device=self.device)
         batch = Batch(x0, noise[self.rows], sigma, labels, x0)
         if self.targets == "exact":
             batch = batch._replace(target=self.dataset.denoise(batch.x, sigma))
         return batch
 
-    def _draw(self, step, name, device="cpu"):
+    def _stream(self, step, name, device="cpu"):
         return stream(self.seed, step, self.purpose + name, device)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Loading. Whatever the source, it becomes one array in the cache folder ($DATA_CACHE, else
-# ~/.cache/data-curation), which later runs map into memory. Nothing is guessed: what is ambiguous is refused.
+def per_example(v, like):
+    """v [n] as [n, 1, ...] with as many dimensions as `like`, so that it multiplies whole examples."""
+    return v.view(v.shape + (1,) * (like.ndim - 1))
 
-CACHE_VERSION = 5                               # raise it when what is cached changes
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+
+def micro_batches(n, size):
+    """Slices of n examples, of `size` each; None = one slice."""
+    step = n if size is None else size
+    return [slice(start, start + step) for start in range(0, n, step)]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Classes of generated samples: they follow from the sample's number, so that sample i keeps its class however
+# many are drawn.
+
+GOLDEN = 0x9E3779B97F4A7C15                     # 2 ** 64 over the golden ratio
+
+
+def classes_in_turn(shares, index):
+    """The class of the samples with these numbers: shares [K] of sum 1, index int64 [n] -> int64 [n].
+
+    Equal shares give each class in turn. Other shares are met in every long stretch of numbers: each K
+    numbers in a row ask for K evenly spaced quantiles, which the golden ratio shifts from one such turn to
+    the next. The shift is computed in integers, since a double no longer resolves it for numbers near 1e15.
+    """
+    K = len(shares)
+    shift = [(2 * turn + 1) * GOLDEN % 2 ** 65 / 2 ** 65 for turn in (index // K).tolist()]
+    shift = torch.tensor(shift, dtype=torch.float64)            # (turn + 1/2) / the golden ratio, modulo 1
+    quantile = (index % K + shift) / K
+    ends = torch.tensor(shares, dtype=torch.float64).cumsum(0)
+    return torch.searchsorted(ends, quantile).clamp(max=K - 1)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Loading. Every source becomes one array in the cache folder, which later runs map into memory. Nothing is
+# guessed: ambiguous data is refused.
+
+CACHE_VERSION = 6                               # raise it when the cached content changes
+CACHE_ADVICE = "set DATA_CACHE to a folder that can be written"
+IMAGES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+if "avif" in pillow_features.modules and pillow_features.check("avif"):
+    IMAGES += (".avif",)
+NOTES = {".txt", ".md", ".json", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".html", ".log", ".py", ".db",
+         ".ini", ".sh", ".pdf"}                 # a folder that holds only these is not a class
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "unlabeled", "unlabelled"}
 CIFAR_BATCHES = [f"data_batch_{i}" for i in range(1, 6)]
 CIFAR_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 
 
-def load(path, size=None):
-    """The images or latents at `path` as a Dataset. Raises DataError, one line, for what cannot be read.
+def load(source, size=None):
+    """The images or latents at `source` as a Dataset. Raises DataError, one line, if they cannot be read.
 
-    path    a folder or .zip with one sub-folder a class (or none: unlabelled), the same with EDM's
+    source  a folder or .zip with one sub-folder a class (or none: unlabelled), the same with EDM's
             dataset.json on top, the folder cifar-10-batches-py, or an .npz with `images` uint8 [N, 3, H, W]
             or [N, H, W, 3], or `latents` float [N, C, H, W] (with optional `mean`, `std` [C]), and optional
             `labels` [N] and `class_names` [K]
     size    center-crop to a square and resize (Lanczos) to this many pixels; None = as they are
     """
-    path, cache = Path(path), cache_folder()
-    with reading(path, "a data set"):
-        files = [path] if path.is_file() else sorted(_walk(path))
-        stamp = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        key = hashlib.sha256(repr((CACHE_VERSION, str(path.resolve()), size, stamp)).encode()).hexdigest()
-        cached = cache / f"{key[:32]}.pt"
-        if not cached.exists():
-            output(cached)
-            is_npz = path.suffix.lower() == ".npz"
-            found = _npz(path, size) if is_npz else _images(_members(path, files), size)
-            with writing(cached) as file:
-                torch.save(vars(found), file)
+    source = Path(source)
+    folder = cache_folder()
+    with reading(source, "a data set"):
+        cached = folder / _cache_name(source, size)
+    remove_leftovers(folder)
+    if not os.path.exists(cached):
+        output(cached, CACHE_ADVICE)
+        with reading(source, "a data set"):
+            dataset = _read(source, size)
+        with writing(cached) as file:
+            torch.save(vars(dataset), file)
     with reading(cached, "a cached data set (delete it)"):
-        return Dataset(**torch.load(cached, mmap=True, weights_only=True))      # no change reaches the file
+        return Dataset(**_load_mapped(cached))
 
 
 def cache_folder():
-    """Where data sets and their features are kept: $DATA_CACHE, else ~/.cache/data-curation."""
+    """The folder of cached data sets and features: $DATA_CACHE, else ~/.cache/data-curation."""
     with reading("~", "a home folder for the cache (set DATA_CACHE)"):
-        return Path(os.environ.get("DATA_CACHE") or Path.home() / ".cache" / "data-curation")
+        if os.environ.get("DATA_CACHE"):
+            return Path(os.environ["DATA_CACHE"]).expanduser()
+        return Path.home() / ".cache" / "data-curation"
 
 
-def _dataset(x, labels, names=None, report=(), **more):
-    """Dataset of arrays x [N, C, H, W] and labels [N] or None. The classes are the labels that occur, in
-    order; `names` [K] calls them (None: by their numbers)."""
-    x, count = np.ascontiguousarray(x), "no labels"
-    found = Dataset(torch.from_numpy(x), **more)
+def _cache_name(source, size):
+    """The name of the cached file: a hash of the source's place, its files' sizes and times, and `size`."""
+    if source.is_dir():
+        names, _ = _without_runs(list(_walk(source)))
+        files = sorted(source / name for name in names)
+    else:
+        files = [source]
+    stamps = []
+    for file in files:
+        status = file.stat()
+        stamps.append((str(file), status.st_size, status.st_mtime_ns))
+    key = repr((CACHE_VERSION, str(source.resolve()), size, stamps))
+    return hashlib.sha256(key.encode()).hexdigest()[:32] + ".pt"
+
+
+def _load_mapped(cached):
+    """The dictionary in a cached file, its array mapped into memory; no change of it reaches the file."""
+    try:
+        str(cached).encode()
+    except UnicodeEncodeError:                                  # torch maps only files with UTF-8 names
+        with open(cached, "rb") as file:
+            return torch.load(file, weights_only=True)
+    return torch.load(cached, mmap=True, weights_only=True)
+
+
+def _read(source, size):
+    """The Dataset at `source`, without the cache. Any exception means that it is not a data set."""
+    if source.suffix.lower() == ".npz":
+        return _read_npz(source, size)
+    members, runs = _members(source)
+    batches = [name for name in sorted(members) if _base_name(name) in CIFAR_BATCHES]
+    if batches:
+        dataset = _read_cifar(members, batches, size)
+    else:
+        dataset = _read_images(members, size)
+    if runs:
+        dataset.report.append(f"{runs:,} folders of runs left out")
+    return dataset
+
+
+def _make_dataset(x, labels, names=None, report=(), **settings):
+    """Dataset of arrays x [N, C, H, W] and labels [N] or None. Its classes are the labels that occur, in
+    order; `names` [K] are the names of labels 0 ... K - 1 (None: their numbers)."""
+    x = np.ascontiguousarray(x)
+    dataset = Dataset(torch.from_numpy(x), **settings)
+    classes = "no labels"
     if labels is not None:
-        labels = np.asarray(labels)
-        if labels.shape != (len(x),) or labels.dtype.kind not in "iu" or labels.min() < 0:
-            raise ValueError(f"`labels` is {labels.dtype} {list(labels.shape)}, "
-                             f"wanted numbers from 0 on [{len(x)}]")
-        if names and labels.max() >= len(names):
-            raise ValueError(f"label {labels.max()} is none of {len(names)} class names")
-        present, labels, counts = np.unique(labels, return_inverse=True, return_counts=True)
-        found.class_names = [names[c] if names else str(c) for c in present]
-        found.labels = torch.from_numpy(labels.astype(np.int64))
-        count = (f"{len(present):,} classes of {counts.min():,} to {counts.max():,}: "
-                 + ", ".join(found.class_names[:10]) + ", ..." * (len(present) > 10))
+        present, numbers, counts = _count_labels(np.asarray(labels), len(x), names)
+        dataset.class_names = [names[label] if names else str(label) for label in present]
+        dataset.labels = torch.from_numpy(numbers.astype(np.int64))
+        first = ", ".join(dataset.class_names[:10])
+        classes = f"{len(present):,} classes of {counts.min():,} to {counts.max():,}: {first}"
+        if len(present) > 10:
+            classes += ", ..."
     c, h, w = x.shape[1:]
-    found.report = [f"{len(x):,} {found.kind}s of {c}x{h}x{w}", count, *report]
-    digest = hashlib.sha256(repr((x.shape, found.kind, found.class_names, found.mean, found.std)).encode())
+    dataset.report = [f"{len(x):,} {dataset.kind}s of {c}x{h}x{w}", classes, *report]
+    values = (x.shape, dataset.kind, dataset.class_names, dataset.mean, dataset.std)
+    digest = hashlib.sha256(repr(values).encode())
     digest.update(x)
-    digest.update(b"" if labels is None else found.labels.numpy())
-    found.fingerprint = digest.hexdigest()
-    return found
+    if labels is not None:
+        digest.update(dataset.labels.numpy())
+    dataset.fingerprint = digest.hexdigest()
+    return dataset
+
+
+def _count_labels(labels, n, names):
+    """-> (the labels that occur, the position of each example's label among them [n], their counts)."""
+    if labels.shape != (n,) or labels.dtype.kind not in "iu" or labels.min() < 0:
+        raise ValueError(f"`labels` is {labels.dtype} {list(labels.shape)}, wanted numbers from 0 on [{n}]")
+    if names and labels.max() >= len(names):
+        raise ValueError(f"label {labels.max()}, but there are {len(names)} class names")
+    return np.unique(labels, return_inverse=True, return_counts=True)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Images: one list of names and read functions, be they in a folder or a zip. What is found is read, counted
-# in the report, or an error; only hidden entries are not there.
+# The files of a folder or a zip, as one dictionary {name with slashes: function that returns the bytes}.
+# Hidden entries and the folders of runs are left out.
 
-def _hidden(part):
-    return part.startswith((".", "@")) or part == "__MACOSX"
-
-
-def _walk(path):
-    """All files below a folder but hidden ones; links are followed, a folder that cannot be read raises."""
-    def stop(error):
-        raise error
-    for folder, folders, names in os.walk(path, followlinks=True, onerror=stop):
-        folders[:] = [name for name in folders if not _hidden(name)]
-        yield from (Path(folder, name) for name in names if not _hidden(name))
-
-
-def _members(path, files):
-    """{name with slashes: function that returns the file's bytes} of a folder's files or of a zip."""
-    if path.is_dir():
-        return {file.relative_to(path).as_posix(): file.read_bytes for file in files}
-    archive = zipfile.ZipFile(path)
-    found = {info.filename.replace("\\", "/"): functools.partial(archive.read, info)
-             for info in archive.infolist() if not info.filename.endswith(("/", "\\"))}
-    return {name: read for name, read in found.items() if not any(map(_hidden, name.split("/")))}
-
-
-def _images(members, size):
-    """Dataset of the images among the members, labelled by dataset.json or by folder; or of CIFAR-10."""
-    if batches := [name for name in sorted(members) if name.rpartition("/")[2] in CIFAR_BATCHES]:
-        return _cifar([members[name] for name in batches], size, len(members) - len(batches))
-    images = sorted(name for name in members if name.lower().endswith(IMAGES))
-    listings = [name for name in members if name.rpartition("/")[2] == "dataset.json"]
-    if not images or len(listings) > 1:
-        raise ValueError(f"it holds {len(images)} images ({', '.join(IMAGES[:4])} ...) and {len(listings)} "
-                         "dataset.json: give a folder with images and one at most")
-    top = os.path.commonpath([os.path.dirname(name) for name in images + listings])
-    below = {name: name[len(top):].lstrip("/") for name in images}      # without what all share on top
-    if listings and os.path.dirname(listings[0]) != top:
-        raise ValueError(f"{listings[0]} does not lie on top of all images")
-    if listings:
-        label_of, names = _by_listing(json.loads(members[listings[0]]()), below), None
+def _members(source):
+    """-> (the members, how many folders of runs were left out)."""
+    if source.is_dir():
+        members = {name: (source / name).read_bytes for name in _walk(source)}
     else:
-        label_of = _by_folder(below)
-        names = sorted(set(label_of.values()) - {None})
-        label_of = {name: None if c is None else names.index(c) for name, c in label_of.items()}
+        members = _zip_members(source)
+    names, runs = _without_runs(members)
+    return {name: members[name] for name in names}, runs
+
+
+def _walk(folder, prefix="", above=()):
+    """Yield the names of all files below a folder. Links are followed; `above` identifies the folders on the
+    way from the top, so that a link to one of them is an error and no endless walk."""
+    status = os.stat(folder)
+    identity = (status.st_dev, status.st_ino)
+    if identity in above:
+        raise ValueError(f"{prefix} leads back to a folder above it by symbolic links")
+    with os.scandir(folder) as entries:
+        names = sorted(entry.name for entry in entries)
+    for name in names:
+        if _is_hidden(name):
+            continue
+        entry_path = os.path.join(folder, name)
+        if os.path.isdir(entry_path):
+            yield from _walk(entry_path, f"{prefix}{name}/", (*above, identity))
+        else:
+            yield prefix + name
+
+
+def _zip_members(source):
+    """The members of a zip."""
+    archive = zipfile.ZipFile(source)
+    members = {}
+    for info in archive.infolist():
+        name = _zip_name(info)
+        steps = [step for step in name.split("/") if step not in ("", ".")]
+        if name.endswith("/") or any(_is_hidden(step) for step in steps):
+            continue
+        name = "/".join(steps)
+        if name in members:
+            raise ValueError(f"{name} is in it twice, as if it had been appended to: pack it anew")
+        members[name] = functools.partial(archive.read, info)
+    return members
+
+
+def _zip_name(info):
+    """The name of a zip's entry, with slashes. Finder and 7-Zip write UTF-8 without setting its flag, and
+    Python then takes it for code page 437."""
+    name = info.filename
+    if not info.flag_bits & 0x800:
+        with contextlib.suppress(UnicodeError):                 # it is not UTF-8
+            name = name.encode("cp437").decode("utf-8")
+    return name.replace("\\", "/")
+
+
+def _without_runs(names):
+    """-> (the names that lie in no folder of a run, how many such folders there are). A run's folder holds a
+    checkpoint.pt; before its first one, its guide's or proxy's folder does."""
+    runs = set()
+    for name in names:
+        folder, _, file = name.rpartition("/")
+        if file == "checkpoint.pt":
+            if _base_name(folder) in ("guide", "proxy"):
+                folder = folder.rpartition("/")[0]
+            runs.add(folder)
+    if "" in runs:
+        raise ValueError("it is the folder of a run (checkpoint.pt)")
+    if runs:
+        names = [name for name in names if runs.isdisjoint(_folders_of(name))]
+    return list(names), len(runs)
+
+
+def _folders_of(name):
+    """["a", "a/b"] for "a/b/c.png"."""
+    steps = name.split("/")
+    return ["/".join(steps[:depth]) for depth in range(1, len(steps))]
+
+
+def _base_name(name):
+    return name.rpartition("/")[2]
+
+
+def _is_hidden(name):
+    return name.startswith((".", "@")) or name == "__MACOSX"
+
+
+def _count_suffixes(names):
+    """"3 .txt, 1 .md" for names of files, the five most frequent suffixes."""
+    suffixes = [os.path.splitext(name)[1].lower() or "without a suffix" for name in names]
+    counts = collections.Counter(sorted(suffixes)).most_common()
+    words = ", ".join(f"{count:,} {suffix}" for suffix, count in counts[:5])
+    return words + ", ..." if len(counts) > 5 else words
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Images in a folder or a zip, labelled by EDM's dataset.json or by their folders. Every file is read, counted
+# in the report, or an error.
+
+def _read_images(members, size):
+    """Dataset of the images among the members {name: read function}."""
+    images = sorted(name for name in members if name.lower().endswith(IMAGES))
+    others = sorted(name for name in members if not name.lower().endswith(IMAGES))
+    listings = [name for name in others if _base_name(name) == "dataset.json"]
+    if not images:
+        left_out = f", but {_count_suffixes(others)}" if others else ""
+        raise ValueError(f"it holds 0 images ({', '.join(IMAGES)}){left_out}")
+    if len(listings) > 1:
+        raise ValueError(f"it holds {len(listings)} dataset.json: give a folder with one")
+    top = os.path.commonpath([os.path.dirname(name) for name in images + listings])     # shared by all
+    below = {name: name[len(top):].lstrip("/") for name in images}
+    if listings:
+        if os.path.dirname(listings[0]) != top:
+            raise ValueError(f"{listings[0]} does not lie on top of all images")
+        label_of = _labels_by_listing(json.loads(members[listings[0]]()), below)
+        class_names = None
+    else:
+        folder_of = _first_folders(below)
+        _refuse_lost_folders(images, others, top, is_labelled=folder_of[images[0]] is not None)
+        class_names = sorted(set(folder_of.values()) - {None})
+        label_of = dict.fromkeys(images)
+        for name, folder in folder_of.items():
+            if folder is not None:
+                label_of[name] = class_names.index(folder)
     order = sorted(images, key=lambda name: (label_of[name] or 0, name))
-    labels = None if label_of[order[0]] is None else [label_of[name] for name in order]
-    others = len(members) - len(images)
-    return _dataset(_decoded({name: members[name] for name in order}, size), labels, names,
-                    [f"{others:,} other files left out"] * (others > 0))
+    labels = None
+    if label_of[order[0]] is not None:
+        labels = [label_of[name] for name in order]
+    x, remarks = _decode_all({name: members[name] for name in order}, size)
+    report = []
+    if others:
+        report.append(f"{len(others):,} other files left out ({_count_suffixes(others)})")
+    return _make_dataset(x, labels, class_names, report + remarks)
 
 
-def _by_folder(below):
-    """{name: class}: the first folder; None for images without one."""
-    folders, splits = {name: rest.split("/")[:-1] for name, rest in below.items()}, {}
-    for parts in folders.values():
-        for depth, part in enumerate(parts):
-            if part.lower() in SPLITS:
-                splits.setdefault("/".join(parts[:depth]), set()).add(part)
+def _first_folders(below):
+    """{name: the first folder of its path below what all share, None without one}; ValueError for splits and
+    for images beside folders."""
+    folders = {name: rest.split("/")[:-1] for name, rest in below.items()}
+    splits = {}                                                 # {parent: split-like folders in it}
+    for steps in folders.values():
+        for depth, step in enumerate(steps):
+            if step.lower() in SPLITS:
+                splits.setdefault("/".join(steps[:depth]), set()).add(step)
     for parent, names in splits.items():
         if len(names) > 1:
-            raise ValueError(f"{', '.join(sorted(names))} {'in ' * bool(parent)}{parent} look like splits, "
-                             "not like classes: give one of these folders")
-    if len({bool(parts) for parts in folders.values()}) > 1:
+            where = f" in {parent}" if parent else ""
+            raise ValueError(f"{', '.join(sorted(names))}{where} look like splits, not like classes: "
+                             "give one of these folders")
+    if any(folders.values()) and not all(folders.values()):
         raise ValueError("images lie both beside and inside of class folders")
-    return {name: parts[0] if parts else None for name, parts in folders.items()}
+    return {name: steps[0] if steps else None for name, steps in folders.items()}
 
 
-def _by_listing(listing, below):
+def _refuse_lost_folders(images, others, top, is_labelled):
+    """ValueError for a class folder of which no file is read. Class folders lie in the folder `top` that all
+    images share; where the images lie directly in it, it may be the only class that is left, and the others
+    lie beside it."""
+    parent = top if is_labelled else os.path.dirname(top)
+    if not is_labelled and not top:
+        return                                                  # images without any folder
+    prefix = f"{parent}/" if parent else ""
+    folders_read = {name[len(prefix):].partition("/")[0] for name in images}
+    lost = {}                                                   # {folder: its files}
+    for name in others:
+        folder, slash, _ = name.removeprefix(prefix).partition("/")
+        is_note = os.path.splitext(name)[1].lower() in NOTES
+        if name.startswith(prefix) and slash and folder not in folders_read and not is_note:
+            lost.setdefault(folder, []).append(name)
+    if lost:
+        folder = min(lost)
+        raise ValueError(f"the folder {folder} holds no image that can be read "
+                         f"({_count_suffixes(lost[folder])}): convert its files, or move it elsewhere")
+
+
+def _labels_by_listing(listing, below):
     """{name: class number or None} by EDM's dataset.json: {"labels": [["00000/img00000000.png", 3], ...]}, or
     null for no labels."""
     if listing["labels"] is None:
         return dict.fromkeys(below)
     listed = {name.replace("\\", "/"): label for name, label in listing["labels"]}
-    for name in sorted(listed.keys() ^ set(below.values())):
-        raise ValueError(f"{name} is {'missing' if name in listed else 'not listed'} (dataset.json)")
+    not_listed = sorted(set(below.values()) - set(listed))
+    missing = sorted(set(listed) - set(below.values()))
+    if not_listed:
+        raise ValueError(f"{not_listed[0]} is not listed (dataset.json)")
+    if missing:
+        raise ValueError(f"{missing[0]} is missing (dataset.json)")
     for name, label in listed.items():
         if type(label) is not int or label < 0:
             raise ValueError(f"{name} has the label {label}, wanted a class number (dataset.json)")
     return {name: listed[rest] for name, rest in below.items()}
 
 
-def _decoded(images, size):
-    """uint8 [N, 3, H, W] of {name: read function}, decoded by threads (Pillow lets go of Python's lock)."""
-    names, x = list(images), None
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for i, pixels in enumerate(pool.map(lambda name: _decode(name, images[name], size), names)):
-            x = np.empty((len(names), *pixels.shape), np.uint8) if x is None else x
-            if pixels.shape != x.shape[1:]:
+# ------------------------------------------------------------------------------------------------------------
+# Decoding. Pillow refuses PNG files with more than 1 MiB of compressed text, whose pixels are whole; the
+# limits are raised, not lifted, since a hostile file can expand to any size.
+
+PngImagePlugin.MAX_TEXT_CHUNK = 2 ** 27
+PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 28
+
+
+class _Picture(typing.NamedTuple):
+    pixels: np.ndarray                          # uint8 [3, H, W]
+    frames_left_out: int                        # of a TIFF, GIF, WebP or PNG with several
+    is_enlarged: bool
+
+
+def _decode_all(readers, size):
+    """-> (uint8 [N, 3, H, W], remarks for the report) of {name: read function}, decoded by threads (Pillow
+    releases Python's lock)."""
+    names = list(readers)
+    x = None
+    frames = []                                                 # left out, of each file that has several
+    enlarged = 0
+
+    def decode_name(name):
+        return _decode(name, readers[name], size)
+
+    with (ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
+          contextlib.closing(pool.map(decode_name, names)) as pictures):        # an error cancels the rest
+        for i, picture in enumerate(pictures):
+            if x is None:
+                x = np.empty((len(names), *picture.pixels.shape), np.uint8)
+            if picture.pixels.shape != x.shape[1:]:
                 raise ValueError(f"sizes differ, give --size: {names[0]}, {names[i]}")
-            x[i] = pixels
+            x[i] = picture.pixels
+            if picture.frames_left_out > 0:
+                frames.append(picture.frames_left_out)
+            if picture.is_enlarged:
+                enlarged += 1
             if len(names) > 10_000:
                 progress(f"reading images: {i + 1:,} of {len(names):,}", last=i + 1 == len(names))
-    return x
+    remarks = []
+    if frames:
+        remarks.append(f"{sum(frames):,} frames left out: only the first is read of {len(frames):,} files "
+                       "with several")
+    if enlarged:
+        remarks.append(f"{enlarged:,} images smaller than {size} pixels were enlarged")
+    return x, remarks
 
 
 def _decode(name, read, size):
-    """One image, turned as its camera was held, on white where it is transparent: uint8 [3, H, W]."""
+    """The _Picture of one file: turned upright by EXIF, transparency on white, 16-bit gray to 8 bits."""
     try:
-        image = ImageOps.exif_transpose(Image.open(io.BytesIO(read())))
+        image = Image.open(io.BytesIO(read()))
+        frames = getattr(image, "n_frames", 1)
+        if image.format == "MPO":                               # a phone's photo with its preview or depth
+            frames = 1
+        image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        elif image.mode in ("I", "F"):
+        if image.mode in ("I", "F"):
             raise ValueError(f"pixels of mode {image.mode} have no known range, give 8 or 16 bits")
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return _resize(image.convert("RGB"), size)
-    except Exception as error:
-        why = "cannot identify image file" if isinstance(error, UnidentifiedImageError) else error
-        raise ValueError(f"{name}: {why}") from None
+        is_enlarged = size is not None and min(image.size) < size
+        return _Picture(_resize(image.convert("RGB"), size), frames - 1, is_enlarged)
+    except UnidentifiedImageError:
+        raise ValueError(f"{name}: cannot identify image file") from None
+    except (NameError, ImportError):                            # no file causes these
+        raise
+    except Exception as error:                                  # Pillow's decoders raise all kinds
+        raise ValueError(f"{name}: {error}") from None
 
 
 def _resize(image, size):
     """Center-crops a Pillow RGB image to a square and resizes it to `size` pixels: uint8 [3, H, W]."""
-    if size and image.size != (size, size):
+    if size is not None and image.size != (size, size):
         side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        image = image.crop((left, top, left + side, top + side)).resize((size, size), Image.LANCZOS)
+        left = (image.width - side) // 2
+        top = (image.height - side) // 2
+        image = image.crop((left, top, left + side, top + side))
+        image = image.resize((size, size), Image.LANCZOS)
     return np.asarray(image).transpose(2, 0, 1)
 
 
-def _resized(x, size):
-    """`_resize` of an array uint8 [N, 3, H, W]."""
-    if size and x.shape[2:] != (size, size):
-        x = np.stack([_resize(Image.fromarray(image), size) for image in x.transpose(0, 2, 3, 1)])
-    return x
+def _resize_all(x, size):
+    """-> (`_resize` of an array uint8 [N, 3, H, W], remarks for the report)."""
+    if size is None or x.shape[2:] == (size, size):
+        return x, []
+    resized = np.stack([_resize(Image.fromarray(image), size) for image in x.transpose(0, 2, 3, 1)])
+    if min(x.shape[2:]) < size:
+        return resized, [f"{len(x):,} images smaller than {size} pixels were enlarged"]
+    return resized, []
 
 
 # ------------------------------------------------------------------------------------------------------------
-# CIFAR-10's python batches are pickles, and a pickle can run code. This unpickler knows the four names that
-# numpy arrays of old need, and runs nothing else.
+# CIFAR-10's python batches are pickles, and a pickle can run code. This unpickler resolves only the four
+# names that numpy's arrays of 2009 and of today need, and runs nothing else.
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module, name):
-        """What a name in the pickle stands for; ValueError for all names but four."""
+        """The object that a name in the pickle stands for; ValueError for all names but four."""
         if (module, name) == ("_codecs", "encode"):
             return lambda text, _: text.encode("latin1")
-        if module.startswith("numpy") and name in ("_reconstruct", "ndarray", "dtype"):
-            return getattr(np._core.multiarray if name == "_reconstruct" else np, name)
+        if module.startswith("numpy") and name == "_reconstruct":
+            return np._core.multiarray._reconstruct
+        if module.startswith("numpy") and name in ("ndarray", "dtype"):
+            return getattr(np, name)
         raise ValueError(f"refused, it wants to run {module}.{name}")
 
 
-def _cifar(batches, size, others):
-    """Dataset of the five training batches, a list of read functions."""
+def _read_cifar(members, batches, size):
+    """Dataset of the five training batches, `batches` being their names among the members."""
     if len(batches) != 5:
         raise ValueError(f"{len(batches)} of CIFAR-10's 5 training batches: give a folder with each once")
-    parts = [_Unpickler(io.BytesIO(read()), encoding="bytes").load() for read in batches]
-    x = np.concatenate([part[b"data"] for part in parts])
+    images = []
+    labels = []
+    for name in batches:
+        batch = _Unpickler(io.BytesIO(members[name]()), encoding="bytes").load()
+        images.append(batch[b"data"])
+        labels.append(batch[b"labels"])
+    x = np.concatenate(images)
     if x.dtype != np.uint8:
         raise ValueError(f"CIFAR-10's data is {x.dtype}, wanted uint8")
-    labels = np.concatenate([part[b"labels"] for part in parts])
-    return _dataset(_resized(x.reshape(-1, 3, 32, 32), size), labels, CIFAR_CLASSES,
-                    [f"CIFAR-10's 5 training batches, {others} other files left out"])
+    x, remarks = _resize_all(x.reshape(-1, 3, 32, 32), size)
+    report = [f"CIFAR-10's 5 training batches, {len(members) - 5} other files left out", *remarks]
+    return _make_dataset(x, np.concatenate(labels), CIFAR_CLASSES, report)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # An .npz file of images or latents.
 
-def _npz(path, size):
-    """Dataset of its `images` or `latents`, with `labels`, `class_names`, `mean` and `std`, where there."""
-    with np.load(path, allow_pickle=False) as file:
-        kind = "latent" if "latents" in file else "image"
-        x, labels = file[f"{kind}s"], file["labels"] if "labels" in file else None
-        names = file["class_names"] if "class_names" in file else None
-        moments = np.stack([file["mean"], file["std"]]) if "mean" in file and "std" in file else None
-    if x.ndim != 4 or not x.size or not (x.dtype.kind == "f" if kind == "latent" else x.dtype == np.uint8):
-        raise ValueError(f"`{kind}s` is {x.dtype} {list(x.shape)}, "
-                         "wanted uint8 images or float latents [N, C, H, W]")
-    if names is not None:
-        if names.ndim != 1 or names.dtype.kind != "U" or len(set(names.tolist())) < len(names):
-            raise ValueError(f"`class_names` is {names.dtype} {list(names.shape)}, wanted K different texts")
-        names = names.tolist()
-    if kind == "image":
-        if 3 not in (x.shape[1], x.shape[3]):
-            raise ValueError(f"`images` is {list(x.shape)}, wanted three channels")
-        x = x if x.shape[1] == 3 else x.transpose(0, 3, 1, 2)
-        return _dataset(_resized(x, size), labels, names)
-    if size or not np.isfinite(x).all():
-        raise ValueError("--size is for images" if size else "`latents` holds NaN or infinite values")
+def _read_npz(source, size):
+    """Dataset of its `images` or `latents`, with `labels`, `class_names`, `mean` and `std` if it has them."""
+    with np.load(source, allow_pickle=False) as file:
+        names = {"images", "latents", "labels", "class_names", "mean", "std"}.intersection(file.files)
+        arrays = {name: file[name] for name in names}
+    if "images" not in arrays and "latents" not in arrays:
+        raise ValueError("it has neither `images` nor `latents`")
+    labels = arrays.get("labels")
+    class_names = arrays.get("class_names")
+    if class_names is not None:
+        is_text = class_names.ndim == 1 and class_names.dtype.kind == "U"
+        if not is_text or len(set(class_names.tolist())) < len(class_names):
+            raise ValueError(f"`class_names` is {class_names.dtype} {list(class_names.shape)}, "
+                             "wanted K different texts")
+        class_names = class_names.tolist()
+    if "latents" in arrays:
+        if size is not None:
+            raise ValueError("--size is for images, and these are latents")
+        x, mean, std = _check_latents(arrays)
+        return _make_dataset(x, labels, class_names, kind="latent", mean=mean.tolist(), std=std.tolist())
+    x, remarks = _resize_all(_check_images(arrays["images"]), size)
+    return _make_dataset(x, labels, class_names, remarks)
+
+
+def _check_images(x):
+    """x as uint8 [N, 3, H, W]."""
+    if x.ndim != 4 or not x.size or x.dtype != np.uint8:
+        raise ValueError(f"`images` is {x.dtype} {list(x.shape)}, wanted uint8 [N, 3, H, W]")
+    if x.shape[1] == 3:
+        return x
+    if x.shape[3] == 3:
+        return x.transpose(0, 3, 1, 2)
+    raise ValueError(f"`images` is {list(x.shape)}, wanted three channels")
+
+
+def _check_latents(arrays):
+    """-> (latents float16 or float32 [N, C, H, W], mean [C], std [C]), the last two computed if not given."""
+    x = arrays["latents"]
+    if x.ndim != 4 or not x.size or x.dtype.kind != "f":
+        raise ValueError(f"`latents` is {x.dtype} {list(x.shape)}, wanted floats [N, C, H, W]")
+    if not np.isfinite(x).all():
+        raise ValueError("`latents` holds NaN or infinite values")
     x = x.astype(np.float16 if x.dtype.itemsize == 2 else np.float32)
-    if moments is None:
-        moments = np.stack([x.mean((0, 2, 3), np.float64), x.std((0, 2, 3), np.float64).clip(1e-6)])
-    if moments.shape[1:] != x.shape[1:2] or not np.isfinite(moments).all() or moments[1].min() <= 0:
-        raise ValueError(f"`mean`, `std` are {list(moments.shape)}, wanted [{x.shape[1]}], std above 0")
-    return _dataset(x, labels, names, kind=kind, mean=moments[0].tolist(), std=moments[1].tolist())
+    if "mean" in arrays and "std" in arrays:
+        mean = arrays["mean"]
+        std = arrays["std"]
+    else:
+        mean = x.mean((0, 2, 3), np.float64)
+        std = x.std((0, 2, 3), np.float64).clip(1e-6)
+    channels = x.shape[1:2]
+    if mean.shape != channels or std.shape != channels:
+        raise ValueError(f"`mean`, `std` are {list(mean.shape)}, {list(std.shape)}, wanted {list(channels)}")
+    if not np.isfinite([mean, std]).all() or std.min() <= 0:
+        raise ValueError("`mean` and `std` must be finite, and `std` above 0")
+    return x, mean, std
 
 
 # ------------------------------------------------------------------------------------------------------------
-# A long-tailed subset: with K classes, class c keeps n_max R^(-c / (K - 1)) examples, R = head over tail.
+# The pool: the examples that exist for a run. Guide, proxy, pruning and model see nothing else.
+
+def split_pool(dataset, holdout=0, imbalance=None, seed=0):
+    """-> (pool, held_out), sorted int64 indices; held_out is None for holdout 0.
+
+    holdout     examples that are held out for the validation loss, the same ones for every seed
+    imbalance   make the classes of the pool long-tailed, with this ratio of head to tail; None = as they are
+    seed        of the long tail
+    """
+    order = torch.randperm(len(dataset), generator=stream(0, 0, "holdout"))
+    held_out = order[:holdout].sort().values
+    pool = order[holdout:].sort().values
+    if imbalance is not None:
+        pool = pool[long_tail(dataset.labels[pool], imbalance, seed)]
+    if holdout == 0:
+        return pool, None
+    return pool, held_out
+
 
 def long_tail(labels, ratio, seed=0):
-    """Sorted indices (LongTensor) of such a subset of labels [N], random within a class; ratio R >= 1. n_max
-    is the most for which every class that there is has enough."""
-    counts, kept = torch.bincount(labels).tolist(), []
-    K = len(counts)
-    most = min(n * ratio ** (c / max(K - 1, 1)) for c, n in enumerate(counts) if n)
-    for c in range(K):
+    """Sorted indices (LongTensor) of a long-tailed subset of labels [N], random within a class.
+
+    Of K classes, class c keeps n_max R^(-c / (K - 1)) examples, where R >= 1 is the ratio of head to tail.
+    n_max is the largest number for which every class that occurs has enough examples.
+    """
+    counts = torch.bincount(labels).tolist()
+    exponents = [c / max(len(counts) - 1, 1) for c in range(len(counts))]
+    most = min(count * ratio ** exponent for count, exponent in zip(counts, exponents) if count > 0)
+    kept = []
+    for c, exponent in enumerate(exponents):
         members = torch.nonzero(labels == c)[:, 0]
-        n = max(1, round(most * ratio ** (-c / max(K - 1, 1))))
-        kept.append(members[torch.randperm(len(members), generator=stream(seed, c, "long tail"))[:n]])
+        order = torch.randperm(len(members), generator=stream(seed, c, "long tail"))
+        n = max(1, round(most * ratio ** -exponent))
+        kept.append(members[order[:n]])
     return torch.cat(kept).sort().values
 
 
@@ -701,6 +936,8 @@ def long_tail(labels, ratio, seed=0):
 #   gaussian    log-density under the class's Gaussian (instance selection, https://arxiv.org/abs/2007.15255)
 #   knn         minus the distance to the k-th nearest neighbour of the class
 #   moderate    closeness of the distance from the class's median feature to the median of these distances
+#               (moderate coresets, ICLR 2023). The official code takes one window of ranks over all classes,
+#               so that a class may lose everything; this ranks within a class, as the pruning paper prunes.
 #   random      a random number
 
 PRUNING = ("gaussian", "knn", "moderate", "random")
@@ -715,16 +952,19 @@ def prune(priority, labels, keep):
 
 def ranked(priority, labels):
     """The indices of each class that has examples, the best first."""
-    return [members[torch.sort(priority[members], descending=True, stable=True).indices]
-            for members in of_classes(labels, len(priority))]
+    classes = []
+    for members in of_classes(labels, len(priority)):
+        order = torch.sort(priority[members], descending=True, stable=True).indices
+        classes.append(members[order])
+    return classes
 
 
-def priorities(features, labels, how="gaussian", k=5, seed=0):
-    """What is kept first: float64 [N], comparable within a class only, of features [N, d] and labels [N] or
-    None. `how` is one of PRUNING; k is for knn, the seed for random."""
-    if how == "random":
+def priorities(features, labels, method="gaussian", k=5, seed=0):
+    """The priority of each example: float64 [N], comparable within a class only, of features [N, d] and
+    labels [N] or None. `method` is one of PRUNING; k is for knn, the seed for random."""
+    if method == "random":
         return torch.rand(len(features), generator=stream(seed, 0, "prune"), dtype=torch.float64)
-    function = dict(gaussian=_gaussian, knn=_knn, moderate=_moderate)[how]
+    function = dict(gaussian=_gaussian, knn=_knn, moderate=_moderate)[method]
     priority = torch.empty(len(features), dtype=torch.float64)
     for members in of_classes(labels, len(features)):
         x = features[members].double()
@@ -733,8 +973,9 @@ def priorities(features, labels, how="gaussian", k=5, seed=0):
 
 
 def of_classes(labels, n):
-    """The indices of each class that has examples, sorted."""
-    labels = torch.zeros(n, dtype=torch.int64) if labels is None else labels
+    """The indices of each class that has examples, sorted; labels [n], or None for one class."""
+    if labels is None:
+        return (torch.arange(n),)
     counts = [count for count in torch.bincount(labels).tolist() if count]
     return torch.split(labels.argsort(stable=True), counts)
 
@@ -742,8 +983,10 @@ def of_classes(labels, n):
 def _gaussian(x, k):
     """Log-density of centered x [n, d]; the covariance is shrunk towards a multiple of the identity by OAS
     (https://arxiv.org/abs/0907.4698), which keeps it invertible for n < d."""
-    (n, d), S = x.shape, x.T @ x / len(x)                                               # S [d, d]
-    trace, square = S.trace(), S.square().sum()                                         # tr S, tr S^2
+    n, d = x.shape
+    S = x.T @ x / n                                                                     # [d, d]
+    trace = S.trace()                                                                   # tr S
+    square = S.square().sum()                                                           # tr S^2
     spread = ((n + 1 - 2 / d) * (square - trace ** 2 / d)).clamp(min=1e-300)            # 0 if S ~ I
     rho = (((1 - 2 / d) * square + trace ** 2) / spread).clamp(1e-6, 1)
     floor = rho * (trace / d).clamp(min=1e-300)                 # above 0 even if all are alike
@@ -770,11 +1013,62 @@ def neighbour_distance(x, k, block=2048):
 
 def pixel_features(dataset, index, dims=64):
     """float32 [n, min(dims, 64 C)], on the CPU, of the examples at `index` [n] of a Dataset."""
-    x = torch.cat([torch.nn.functional.adaptive_avg_pool2d(dataset.take(rows), 8).flatten(1)
-                   for rows in index.split(1024)])                                      # [n, 64 C]
+    averages = []
+    for rows in index.split(1024):
+        images = dataset.take(rows)
+        averages.append(torch.nn.functional.adaptive_avg_pool2d(images, 8).flatten(1))
+    x = torch.cat(averages)                                                             # [n, 64 C]
     x = x - x.mean(0)
     axes = torch.linalg.eigh(x.T.double() @ x.double()).eigenvectors.flip(1)[:, :dims]  # largest first
     return x @ axes.float()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Class weights: they multiply the loss of a class's examples, and their mean over all examples is 1.
+
+def class_counts(dataset, index=None):
+    """How many examples each class has among those at `index` (None: all): float32 [classes]."""
+    labels = dataset.labels if index is None else dataset.labels[index]
+    return torch.bincount(labels, minlength=dataset.classes).float()
+
+
+def class_weights_of_mean_one(weights, counts):
+    """Weights [classes], scaled so that their mean over `counts` [classes] examples is 1."""
+    return weights * counts.sum() / (weights * counts).sum()
+
+
+def inverse_frequency(counts):
+    """Weights [classes] that give each class the same total, from counts [classes]."""
+    return 1 / counts.clamp(min=1)
+
+
+def read_class_weights(source, class_names):
+    """-> (weights float32 [classes], seconds, examples) of a file of `write_class_weights`; seconds and
+    examples say what finding the weights took. Raises DataError."""
+    with reading(source, "class weights for these classes"):
+        content = json.loads(Path(source).read_bytes())
+        weight_of = content["weights"]
+        if set(weight_of) != set(class_names):
+            raise ValueError(f"it is for the classes {', '.join(list(weight_of)[:5])}, "
+                             f"wanted {', '.join(class_names[:5])}")
+        values = [weight_of[name] for name in class_names]
+        seconds = content.get("seconds", 0)
+        examples = content.get("examples", 0)
+        for value in (*values, seconds, examples):
+            if type(value) not in (int, float) or not 0 <= value < math.inf:
+                raise ValueError(f"it holds {value}, wanted a number from 0 on")
+        weights = torch.tensor(values, dtype=torch.float32)
+        if not weights.isfinite().all() or not weights.any():
+            raise ValueError("the weights are all 0, or too large")
+    return weights, seconds, examples
+
+
+def write_class_weights(target, class_names, weights, seconds, examples):
+    """Write weights [classes] with the seconds and examples that finding them took, as JSON."""
+    weight_of = dict(zip(class_names, weights.tolist()))
+    content = dict(weights=weight_of, seconds=seconds, examples=examples)
+    with writing(target) as file:
+        file.write(json.dumps(content, indent=1).encode())
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -783,10 +1077,16 @@ def pixel_features(dataset, index, dims=64):
 # mixed with the uniform weights. The result is the running mean of alpha.
 
 class GroupDRO(torch.nn.Module):
-    """`weights` [classes] and `mean` [classes], their running mean, both of sum 1. eta is DoReMi's step size,
-    smoothing that of its paper (its code has 1e-4). The weights of a step are used in the next one, where
-    algorithm 1 uses its own: with micro-batches they are not known before. A class that is absent from a batch
-    keeps its last e_c: with 0 instead, it would sink for being rare."""
+    """`weights` [classes] are alpha, `mean` [classes] is its running mean; both sum to 1.
+
+    eta         step size; 1 in DoReMi's paper and in the arguments of its official code
+    smoothing   share of the uniform weights; 1e-3 in the paper, 1e-4 in its code
+
+    Algorithm 1 weighs the loss of a step by the alpha of the same step. Here alpha weighs the loss of the
+    next step, because the gradients of the first micro-batches are taken before the excess of the last is
+    known. A class that is absent from a batch keeps its last e_c: with 0 instead, it would sink for being
+    rare.
+    """
 
     def __init__(self, classes, eta=1.0, smoothing=1e-3):
         super().__init__()
@@ -797,20 +1097,22 @@ class GroupDRO(torch.nn.Module):
         self.register_buffer("steps", torch.zeros([]))
 
     def totals(self, excess, labels):
-        """[2, classes]: sums of the clipped excess losses [B] of examples with labels int64 [B]; counts."""
-        excess = excess.float().clamp(min=0).nan_to_num(nan=0, posinf=0)
-        totals = excess.new_zeros(2, len(self.excess))
-        return totals.index_add(1, labels, torch.stack([excess, torch.ones_like(excess)]))
+        """[2, classes]: the sum of max(excess, 0) and the number of examples of each class, from excess
+        losses [B] and labels int64 [B]. An excess that is not finite counts as 0."""
+        clipped = excess.float().clamp(min=0).nan_to_num(nan=0, posinf=0)
+        totals = clipped.new_zeros(2, len(self.excess))
+        return totals.index_add(1, labels, torch.stack([clipped, torch.ones_like(clipped)]))
 
     @torch.no_grad()
     def update(self, totals):
-        """One step from the `totals` of a batch."""
+        """One step of alpha from the `totals` of a batch."""
         total, count = totals
         self.excess = torch.where(count > 0, total / count.clamp(min=1), self.excess)
         alpha = torch.softmax(self.log_weights + self.eta * self.excess, 0)
         alpha = (1 - self.smoothing) * alpha + self.smoothing / len(alpha)
         self.log_weights = alpha.log()
-        self.total, self.steps = self.total + alpha, self.steps + 1
+        self.total = self.total + alpha
+        self.steps = self.steps + 1
 
     @property
     def weights(self):
@@ -826,14 +1128,19 @@ class GroupDRO(torch.nn.Module):
 
 def image_grid(images, columns, side=None):
     """Pillow image of uint8 [n, C, H, W] or latents, row by row, each `side` pixels wide (None: >= 48)."""
-    if images.dtype != torch.uint8:                             # of latents the first three channels
-        images = images.float() / images.float().std().clamp_min(1e-6) * 50 + 128
-        images = images.clamp(0, 255).to(torch.uint8)
-    images = images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
-    side = side or max(48, images.shape[-1])
-    grid = Image.new("RGB", (columns * side, max(1, -(-len(images) // columns)) * side), "white")
-    for i, image in enumerate(images.permute(0, 2, 3, 1).contiguous().cpu().numpy()):
-        image = Image.fromarray(image).resize((side, side), Image.BICUBIC)
+    if images.dtype != torch.uint8:
+        latents = images.float()
+        images = (latents / latents.std().clamp_min(1e-6) * 50 + 128).clamp(0, 255).to(torch.uint8)
+    if images.shape[1] >= 3:
+        images = images[:, :3]                                  # of latents the first three channels
+    else:
+        images = images[:, :1].expand(-1, 3, -1, -1)
+    if side is None:
+        side = max(48, images.shape[-1])
+    rows = max(1, math.ceil(len(images) / columns))
+    grid = Image.new("RGB", (columns * side, rows * side), "white")
+    for i, pixels in enumerate(images.permute(0, 2, 3, 1).contiguous().cpu().numpy()):
+        image = Image.fromarray(pixels).resize((side, side), Image.BICUBIC)
         grid.paste(image, (i % columns * side, i // columns * side))
     return grid
 
@@ -856,25 +1163,289 @@ def density_picture(density, size=400, center=0.4, side=2.2):
 
 def panels(pictures, titles, across=True):
     """Pillow image of pictures with a title each, side by side or below one another."""
-    width = sum(p.width + 8 for p in pictures) if across else max(p.width for p in pictures)
-    height = max(p.height for p in pictures) + 24 if across else sum(p.height + 32 for p in pictures)
-    canvas, x, y = Image.new("RGB", (width, height), "white"), 0, 0
+    widths = [picture.width for picture in pictures]
+    heights = [picture.height for picture in pictures]
+    if across:
+        size = (sum(widths) + 8 * len(pictures), max(heights) + 24)
+    else:
+        size = (max(widths), sum(heights) + 32 * len(pictures))
+    canvas = Image.new("RGB", size, "white")
+    x = 0
+    y = 0
     for picture, title in zip(pictures, titles):
         canvas.paste(picture, (x, y + 24))
         ImageDraw.Draw(canvas).text((x + 4, y + 2), title, fill="black", font=ImageFont.load_default(16))
-        x, y = (x + picture.width + 8, 0) if across else (0, y + picture.height + 32)
+        if across:
+            x += picture.width + 8
+        else:
+            y += picture.height + 32
     return canvas
 
 
-def coreset_picture(dataset, pool, priority, keep, columns=8):
-    """Pillow image of what `prune` kept of the examples at `pool` [n]: of each of the first ten classes a row
-    of best-kept, last-kept and first-dropped images. priority [n]; `keep` are positions in the pool."""
-    parts, names = [[], [], []], []
+def coreset_picture(dataset, pool, priority, kept, columns=8):
+    """Pillow image of the choice that `prune` made among the examples at `pool` [n]: for each of the first
+    ten classes a row of best-kept, last-kept and first-dropped images. priority [n]; `kept` are positions in
+    the pool."""
     labels = None if dataset.labels is None else dataset.labels[pool]
+    names = []
+    best_kept = []
+    last_kept = []
+    dropped = []
     for members in ranked(priority, labels)[:10]:
         names.append("all" if labels is None else dataset.class_names[labels[members[0]]])
-        n = int(torch.isin(members, keep).sum())
-        for part, chosen in zip(parts, (members[:n], members[:n].flip(0), members[n:])):
-            part.append(image_grid(dataset.x[pool[chosen[:columns]]], columns))
-    return panels([panels(part, names, across=False) for part in parts],
-                  ["best kept", "last kept, nearest the border first", "first dropped"])
+        n = int(torch.isin(members, kept).sum())
+        best_kept.append(dataset.x[pool[members[:n][:columns]]])
+        last_kept.append(dataset.x[pool[members[:n].flip(0)[:columns]]])
+        dropped.append(dataset.x[pool[members[n:][:columns]]])
+    sides = []
+    for rows in (best_kept, last_kept, dropped):
+        grids = [image_grid(images, columns) for images in rows]
+        sides.append(panels(grids, names, across=False))
+    return panels(sides, ["best kept", "last kept, nearest the border first", "first dropped"])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Files. A file that cannot be read ends in one DataError that names it. A file that is written appears whole
+# or not at all.
+
+class DataError(ValueError):
+    """An error that the user can fix: one printable line that names the file or flag and says why."""
+
+    def __str__(self):
+        return "".join(c if c.isprintable() else " " for c in super().__str__())
+
+
+@contextlib.contextmanager
+def reading(source, what):
+    """Exceptions inside become a DataError, "SOURCE: not WHAT, why". The block holds the call that reads and
+    the checks of its result, nothing else.
+
+    A damaged or hostile file can raise almost any exception in the libraries that read it. Only errors that
+    no file can cause pass: a name or module that does not exist, and the device's memory.
+    """
+    try:
+        yield
+    except (DataError, NameError, ImportError, torch.OutOfMemoryError):
+        raise
+    except FileNotFoundError as error:
+        raise DataError(f"{error.filename or source}: no such file") from None
+    except Exception as error:
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{source}: not {what}, {why[:200]}") from None
+
+
+@contextlib.contextmanager
+def writing(target):
+    """A binary file that is renamed to `target` when the block ends well, and removed when it does not.
+    DataError where the disk does not take it; other exceptions of the block pass."""
+    temporary = f"{target}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except OSError as error:
+        if error.filename not in (None, temporary):             # of another file, which the block reads
+            raise
+        raise _cannot_be_written(target, error) from None
+    except RuntimeError as error:                               # torch.save's, if the disk is full
+        if isinstance(error.__context__, OSError):
+            raise _cannot_be_written(target, error.__context__) from None
+        if "PytorchStreamWriter" in str(error):
+            raise _cannot_be_written(target, OSError(error)) from None
+        raise
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+
+
+def _cannot_be_written(target, error, advice=""):
+    """The DataError for an OSError of writing."""
+    why = error.strerror or str(error) or type(error).__name__
+    return DataError(f"{target}: cannot be written, {why[:80]}{advice}")
+
+
+def output(target, advice=None):
+    """Make the folder in which `target` will be written; DataError, which ends in the advice, if that is not
+    possible. To be called before the work, not after it."""
+    folder = Path(target).absolute().parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise _cannot_be_written(folder, error, f": {advice}" if advice else "") from None
+    if os.path.isdir(target):
+        raise DataError(f"{target}: is a folder, give the name of a file")
+
+
+def remove_leftovers(folder):
+    """Remove the temporary files of `writing` below a folder that are older than a day: a kill left them."""
+    yesterday = time.time() - 24 * 3600
+    with contextlib.suppress(OSError):
+        for file in sorted(Path(folder).rglob("*.tmp")):
+            with contextlib.suppress(OSError):                  # another user's, or gone by now
+                if re.search(r"\.[0-9]+\.tmp$", file.name) and file.lstat().st_mtime < yesterday:
+                    file.unlink()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Flags. Each function is an argparse type or makes one; argparse names the flag in its error.
+
+def path(text):
+    """An argparse type: a path, with ~ for the home folder."""
+    return os.path.expanduser(text)
+
+
+def number(kind, interval):
+    """An argparse type: int or float (`kind`) in an interval, as "[1, inf)" or "(0, 1]", and never NaN."""
+    ends = interval[1:-1].split(",")
+    low = float(ends[0])
+    high = float(ends[1])
+
+    def parse(text):
+        """The number in `text`; ArgumentTypeError outside of the interval."""
+        value = kind(text)
+        is_above = value > low or (value == low and interval[0] == "[")
+        is_below = value < high or (value == high and interval[-1] == "]")
+        fits_a_tensor = abs(value) < 2 ** 62
+        if not (is_above and is_below and fits_a_tensor):
+            raise argparse.ArgumentTypeError(f"{text} is not in {interval}")
+        return value
+    parse.__name__ = kind.__name__                              # "invalid int value: 'x'"
+    return parse
+
+
+def device(text):
+    """An argparse type: the name of a torch device of this machine. Several processes take one each."""
+    try:
+        wanted = torch.device(text)
+        if wanted.type == "cuda":
+            index = wanted.index
+            if not index:                                       # "cuda" and "cuda:0": the process's own
+                index = int(os.environ.get("LOCAL_RANK", 0))
+            wanted = torch.device("cuda", index)
+            torch.cuda.set_device(wanted)                       # before the first call that would take cuda:0
+        elif wanted.type != "cpu":
+            raise RuntimeError("cpu and cuda are supported")
+    except (RuntimeError, AssertionError) as error:
+        first_line = str(error).partition("\n")[0]
+        raise argparse.ArgumentTypeError(f"{text}: {first_line[:80]}") from None
+    return str(wanted)
+
+
+def parser(description, usage):
+    """An ArgumentParser whose help shows every default; flags are not abbreviated. The description is a
+    module's docstring, of which the first paragraph is shown, or None (python -OO strips docstrings)."""
+    class Help(argparse.ArgumentDefaultsHelpFormatter):
+        def _get_help_string(self, action):
+            if action.default in (None, False):
+                return action.help
+            return super()._get_help_string(action)
+    if description is not None:
+        description = description.partition("\n\n")[0]
+    return argparse.ArgumentParser(
+        description=description, usage=f"%(prog)s {usage}", allow_abbrev=False,
+        formatter_class=lambda prog: Help(prog, width=110))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Programs: one line on stderr for every error that the user can fix, and a progress line.
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which schedulers send: it stops a program as Ctrl-C does, so that cleaning up runs."""
+
+
+def _raise_terminated(signal_number, frame):
+    raise Terminated
+
+
+def command(run):
+    """Call run(). An error that the user can fix becomes one line on stderr and exit status 2; Ctrl-C and
+    SIGTERM end with status 130 and 143. The output shows characters that its encoding lacks as escapes."""
+    for terminal in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError):   # None, replaced or closed
+            terminal.reconfigure(errors="backslashreplace")
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    handles_sigterm = is_main_thread and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if handles_sigterm:
+        signal.signal(signal.SIGTERM, _raise_terminated)
+    try:
+        return run()
+    except torch.OutOfMemoryError:
+        message = ("error: out of device memory: give --micro-batch, else a smaller --batch with another "
+                   "--out, or --device cpu")
+        status = 2
+    except (DataError, OSError) as error:
+        message = f"error: {error}"
+        status = 2
+    except Terminated:
+        message = "stopped; a training run goes on with the same command"
+        status = 143
+    except KeyboardInterrupt:
+        message = "stopped; a training run goes on with the same command"
+        status = 130
+    finally:
+        if handles_sigterm:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    say(message)
+    raise SystemExit(status)
+
+
+def say(text, end="\n", file=None):
+    """Print on `file` (None: stderr). If the terminal is closed the text is lost, and the program goes on."""
+    file = sys.stderr if file is None else file
+    if file is not None:                                        # pythonw, python >&-
+        with contextlib.suppress(OSError, ValueError):
+            print(text, end=end, file=file, flush=True)
+
+
+_progress_shown = -math.inf                     # when the last progress line was shown
+
+
+def progress(text, last=False):
+    """Show `text` on stderr: rewritten in place on a terminal, else every ten seconds and the `last`."""
+    global _progress_shown
+    columns = _terminal_columns()
+    seconds = 10 if columns is None else 0.5
+    now = time.monotonic()
+    if not last and now - _progress_shown <= seconds:
+        return
+    _progress_shown = now
+    if columns is None:
+        say(text)
+    else:
+        row = text[:columns - 1].ljust(columns - 1)             # a full row would move the cursor on
+        say(row, end="\n" if last else "\r")
+
+
+def _terminal_columns():
+    """The width of the terminal behind stderr; None if stderr is no terminal, or the terminal is closed."""
+    try:
+        if not sys.stderr.isatty():
+            return None
+    except (AttributeError, OSError, ValueError):               # stderr is None or closed
+        return None
+    try:
+        columns = os.get_terminal_size(sys.stderr.fileno()).columns
+    except (AttributeError, OSError, ValueError):
+        columns = shutil.get_terminal_size().columns
+    return columns or 80                                        # some terminals say 0
+
+
+# ------------------------------------------------------------------------------------------------------------
+# (These two go once train.py and fid.py no longer call them.)
+
+def parse(parser, argv=None):
+    """-> (the arguments in argv or the command line, {name: value} of those that were given)."""
+    args = parser.parse_args(argv)
+    given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args)))))
+    return args, {name: value for name, value in given.items() if value is not None}
+
+
+def refuse_unused(given, rows):
+    """DataError for a flag that would do nothing; rows of (whether what it needs is there, what, flags)."""
+    for there, what, flags in rows:
+        for flag in flags.split():
+            if given.get(flag) and not there:
+                raise DataError(f"--{flag.replace('_', '-')} needs {what}")

@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import copy
 import errno
+import fcntl
 import functools
 import hashlib
 import io
@@ -16,14 +17,17 @@ import json
 import math
 import os
 import pickle
+import pty
 import random
 import resource
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 import types
 import xml.etree.ElementTree
@@ -36,7 +40,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.utils.flop_counter
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from scipy.stats import multivariate_normal
 
 import data
@@ -335,7 +339,7 @@ def test_a_training_step_reads_nothing_from_the_device(monkeypatch, tmp_path, fl
     flags = flags.replace("IMAGES", f"{_folder()}/d.npz --blocks 1")
     c = _settings(flags, "--channels 8 --batch 8 --filter 0.5 --guide", _folder() / "reference")
     dataset = data.load(c.data).to(meta) if c.data else data.Tree("A", meta)
-    [dataset._p(name) for name in getattr(dataset, "parameters", ())]   # constants are copied there once
+    [dataset._tensor(name) for name in getattr(dataset, "parameters", ())]   # constants are copied there once
     c.device = "meta"                                           # no fused Adam, autocast or generators there
     monkeypatch.setattr(torch.optim, "Adam", lambda params, lr, **_: torch.optim.SGD(params, lr))
     monkeypatch.setattr(model, "accelerate", lambda function, *options: function)
@@ -1284,14 +1288,22 @@ def test_two_processes_give_the_weights_of_one(tmp_path):
 
 def test_reading_turns_everything_into_one_line(tmp_path):
     path = tmp_path / "x.pt"
-    for error in (ValueError("a\nb " + "c" * 500), RecursionError(), EOFError("\x1b[2J"), OSError(5, "out")):
+    for error in (ValueError("a\nb " + "c" * 500), RecursionError(), EOFError("\x1b[2J"), OSError(5, "out"),
+                  KeyError("model"), TypeError("int"), struct.error("short"), SyntaxError("not a PNG file")):
         with pytest.raises(data.DataError, match="/x.pt: not it, [ -~]{1,200}$"), data.reading(path, "it"):
             raise error
     with pytest.raises(torch.OutOfMemoryError, match="^full$"), data.reading(path, "it"):
         raise torch.OutOfMemoryError("full")
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), RuntimeError("disk"), SystemExit("kill")])
+def test_reading_lets_mistakes_of_the_program_pass(tmp_path):
+    with pytest.raises(NameError), data.reading(tmp_path, "it"):
+        no_such_name  # noqa: F821
+    with pytest.raises(ImportError), data.reading(tmp_path, "it"):
+        import no_such_module  # noqa: F401
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), OSError(), SystemExit("kill")])
 def test_writing_is_whole_or_not_at_all_and_refused_before_the_work(tmp_path, monkeypatch, error):
     path = tmp_path / "new/x.pt"
     data.output(path)                                           # makes the folder
@@ -1301,9 +1313,61 @@ def test_writing_is_whole_or_not_at_all_and_refused_before_the_work(tmp_path, mo
         with data.writing(path) as file:
             file.write(b"new")
     assert path.read_bytes() == b"old" and os.listdir(path.parent) == ["x.pt"]
-    for bad in (path.parent, path / "y.pt"):                    # a folder itself; below a file
-        with pytest.raises((data.DataError, OSError), match="/new: is a folder|exists: .*/new/x.pt"):
-            data.output(bad)
+    with pytest.raises(data.DataError, match="/new: is a folder"):
+        data.output(path.parent)
+    with pytest.raises(data.DataError, match="/new/x.pt: cannot be written, File exists"):
+        data.output(path / "y.pt")
+
+
+@pytest.mark.parametrize("error", [
+    RuntimeError("shapes"), RuntimeError(), FileNotFoundError(2, "no", "other")])
+def test_writing_lets_errors_of_the_block_pass(tmp_path, error):
+    with pytest.raises(type(error)) as caught:
+        with data.writing(tmp_path / "x.pt"):
+            raise error
+    assert caught.value is error and os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("size", [0, 3000, 399_000])
+def test_writing_names_the_file_that_torch_cannot_save(tmp_path, size):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        with pytest.raises(data.DataError, match="/x.pt: cannot be written, File too large$"):
+            with data.writing(tmp_path / "x.pt") as file:
+                torch.save(torch.zeros(100_000), file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert os.listdir(tmp_path) == []
+
+
+def test_writing_knows_the_error_of_torch_by_its_words(tmp_path):
+    words = "PytorchStreamWriter failed writing file data/0: file write failed"
+    with pytest.raises(data.DataError, match=f"/x.pt: cannot be written, {words}"):
+        with data.writing(tmp_path / "x.pt"):
+            raise RuntimeError(words)
+
+
+def test_leftovers_older_than_a_day_are_removed(tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    (cache / "guide").mkdir(parents=True)
+    ages = {"a.pt.12.tmp": 25, "guide/b.pt.7.tmp": 48, "new.pt.12.tmp": 23, "theirs.tmp": 99, "c.pt": 99}
+    for name, hours in ages.items():
+        (cache / name).write_bytes(b"x")
+        then = time.time() - 3600 * hours
+        os.utime(cache / name, times=(then, then))
+    monkeypatch.setenv("DATA_CACHE", str(cache))
+    data.load(data_write(tmp_path / "d", DATA_CLASSES))         # the start of a program
+    assert not (cache / "a.pt.12.tmp").exists() and not (cache / "guide/b.pt.7.tmp").exists()
+    assert all((cache / name).exists() for name in ("new.pt.12.tmp", "theirs.tmp", "c.pt"))
+    data.remove_leftovers(tmp_path / "none")
+
+
+def test_paths_begin_at_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("DATA_CACHE", "~/c")
+    assert data.path("~/runs/a") == f"{tmp_path}/runs/a" and data.path("runs/~") == "runs/~"
+    assert data.cache_folder() == tmp_path / "c"
 
 
 def test_flags_hold_their_range():
@@ -1318,12 +1382,86 @@ def test_flags_hold_their_range():
 
 @pytest.mark.parametrize("error, status, says", [
     (data.DataError("f: not\na \x1b[2J thing"), 2, "error: f: not a  [2J thing\n"),
-    (torch.OutOfMemoryError("CUDA"), 2, "--batch"), (KeyboardInterrupt(), 130, "stopped")])
+    (torch.OutOfMemoryError("CUDA"), 2, "give --micro-batch, else a smaller --batch with another --out, or "
+     "--device cpu"),
+    (KeyboardInterrupt(), 130, "stopped")])
 def test_command_ends_in_one_line(capsys, error, status, says):
     with pytest.raises(SystemExit, match=f"^{status}$"):
         data.command(mock.Mock(side_effect=error))
     text = capsys.readouterr().err
     assert says in text and text.count("\n") == 1
+
+
+def test_sigterm_cleans_up_as_ctrl_c_does(tmp_path, capsys):
+    def run():
+        with data.writing(tmp_path / "x.pt") as file:
+            file.write(b"half")
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+    with pytest.raises(SystemExit, match="^143$"):
+        data.command(run)
+    assert os.listdir(tmp_path) == [] and "stopped" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+class GoneTerminal(io.StringIO):
+    """A stderr whose terminal has been closed."""
+
+    def write(self, text):
+        raise OSError(errno.EIO, "Input/output error")
+
+    def isatty(self):
+        return True
+
+
+def _closed():
+    file = io.StringIO()
+    file.close()
+    return file
+
+
+@pytest.mark.parametrize("terminal", [GoneTerminal(), _closed(), None])
+def test_a_closed_terminal_ends_no_program(monkeypatch, capsys, terminal):
+    monkeypatch.setattr(sys, "stderr", terminal)
+    data.progress("step 1", last=True)
+    assert data.command(lambda: "done") == "done"
+    with pytest.raises(SystemExit, match="^2$"):
+        data.command(mock.Mock(side_effect=data.DataError("f: no")))
+    assert capsys.readouterr().out == ""                        # nor does it go elsewhere
+
+
+def test_names_that_the_output_cannot_encode_are_escaped(monkeypatch):
+    for stream in "stdout", "stderr":
+        monkeypatch.setattr(sys, stream, io.TextIOWrapper(io.BytesIO(), "ascii"))
+
+    def run():
+        print("wrote K\xf6ln")
+        raise data.DataError("\u732b: no such file")
+    with pytest.raises(SystemExit, match="^2$"):
+        data.command(run)
+    sys.stdout.flush()
+    assert sys.stdout.buffer.getvalue() == b"wrote K\\xf6ln\n"
+    assert sys.stderr.buffer.getvalue() == b"error: \\u732b: no such file\n"
+
+
+def test_help_needs_no_docstring():                             # python -OO has none
+    assert "usage: " in data.parser(None, "FILE [flags]").format_help()
+    assert "\nOnce.\n" in data.parser("Once.\n\nMore.", "FILE").format_help()
+
+
+@pytest.mark.parametrize("columns, width", [(40, 39), (0, 79)])
+def test_the_progress_line_fits_the_terminal(monkeypatch, columns, width):
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    with open(slave, "w") as terminal, open(master, "rb", buffering=0) as screen:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        monkeypatch.setattr(data, "_progress_shown", -math.inf)
+        data.progress("long " * 40)
+        data.progress("too soon")
+        data.progress("last", last=True)
+        rows = screen.read(1000).decode().replace("\r\n", "\r").split("\r")
+    assert [len(row) for row in rows] == [width, width, 0]
+    assert rows[0].startswith("long long") and rows[1].rstrip() == "last"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1437,6 +1575,31 @@ def test_classes_come_in_turn_or_in_their_shares():
         assert (counts - 1000 * shares).abs().max() < 5 and counts[2] == 0
 
 
+@pytest.mark.parametrize("shares", [[0.5, 0.5], [0.5, 0.3, 0.2]])
+def test_classes_keep_their_shares_at_the_largest_seeds(shares):
+    index = torch.arange(10 ** 15 - 30_000, 10 ** 15)
+    counts = torch.bincount(data.classes_in_turn(shares, index), minlength=len(shares))
+    assert (counts / 30_000 - torch.tensor(shares)).abs().max() < 0.001
+
+
+def test_the_order_of_classes_is_the_one_that_doubles_gave():
+    index = torch.arange(6000)
+    turn = (index // 3).double()
+    quantile = (index % 3 + (turn + 0.5) * 0.6180339887498949 % 1) / 3
+    shares = [0.31, 0.49, 0.2]
+    expect = torch.bucketize(quantile, torch.tensor(shares, dtype=torch.float64).cumsum(0))
+    assert torch.equal(data.classes_in_turn(shares, index), expect)
+
+
+def test_a_purpose_gives_batches_streams_of_their_own():
+    training = data.Batches(TREE, 8, 0)
+    validation = data.Batches(TREE, 8, 0, purpose="validation-")
+    for ours, other in zip(training[0], validation[0]):
+        assert ours is None or not torch.equal(ours, other)
+    drawn = torch.randn(8, generator=data.stream(0, 0, "validation-sigma"))
+    assert torch.equal(validation[0].sigma, (drawn * 1.2 - 1.2).exp())
+
+
 def test_exact_targets_are_the_exact_denoiser():
     sample, exact = (data.Batches(TREE, 64, 3, targets=name, P_mean=-2.3)[0] for name in ("sample", "exact"))
     torch.testing.assert_close((*sample[:3], sample.target), (*exact[:3], exact.x0))
@@ -1504,7 +1667,8 @@ DATA_AS = dict(labels=[0, 0, 0, 1, 1, 1], class_names=["ant", "bee"], x=DATA_X)
 DATA_NO = dict(labels=None, class_names=[])
 DATA_LAYOUTS = [                # suffixes (None: folder and zips), files, what is not as in DATA_AS
     (None, {**DATA_CLASSES, "x/a.txt": b"", "b.md": b""}, dict(
-        report=["6 images of 3x8x8", "2 classes of 3 to 3: ant, bee", "2 other files left out"])),
+        report=["6 images of 3x8x8", "2 classes of 3 to 3: ant, bee",
+                "2 other files left out (1 .md, 1 .txt)"])),
     (None, data_under("top/train", DATA_CLASSES | DATA_HIDDEN), {}),
     ([""], data_under(".all", DATA_CLASSES) | {"ant": ".all/ant", "test": ".all/ant"},          # links
      dict(class_names=["ant", "test"], x=DATA_X[[0, 1, 2] * 2])),
@@ -1514,7 +1678,7 @@ DATA_LAYOUTS = [                # suffixes (None: folder and zips), files, what 
     (None, data_under("a/b", data_edm(0, 0, 2, 2, 5, 5)),
      dict(labels=[0, 0, 1, 1, 2, 2], class_names=[*"025"])),
     (None, DATA_GRAY, DATA_NO | dict(x=[DATA_X[0], [DATA_X[1, 0]] * 3, [DATA_16 >> 8] * 3])),
-    ([".npz"], dict(images=DATA_X), DATA_NO),
+    ([".npz"], dict(images=DATA_X, other=np.array([{}])), DATA_NO),     # a pickled object, which is not read
     ([".npz"], dict(images=DATA_RGB, labels=[0, 0, 0, 2, 2, 2], class_names=["ant", "fly", "bee"]), {}),
     ([".npz"], dict(latents=DATA_Z), DATA_NO | dict(
         x=DATA_Z, kind="latent", mean=DATA_Z.mean((0, 2, 3), float), std=DATA_Z.std((0, 2, 3), float))),
@@ -1562,8 +1726,128 @@ def test_sizes_fingerprint_and_cache(tmp_path, monkeypatch):
     assert np.array_equal(got.x[6].permute(1, 2, 0), seen)
     (tmp_path / "b/ant/0.png").write_bytes(DATA_PNG[5])         # other content
     assert np.array_equal(data.load(tmp_path / "b").x, DATA_X[[5, 1, 2, 3, 4, 5]])
-    monkeypatch.setattr(data, "_images", None)                  # a second reading would fail
+    monkeypatch.setattr(data, "_read_images", None)                  # a second reading would fail
     assert np.array_equal(data.load(tmp_path / "a").x, DATA_X)
+
+
+def data_report(path, size=None):
+    return "; ".join(data.load(path, size).report)
+
+
+def test_every_suffix_of_jpeg_is_read_and_others_are_named(tmp_path):
+    jpeg = data_file(DATA_RGB[0], "JPEG")
+    files = {"a/0.jfif": jpeg, "b/1.JPE": jpeg, "c/2.jpeg": jpeg}
+    if ".avif" in data.IMAGES:
+        files["d/3.avif"] = data_file(DATA_RGB[3], "AVIF")
+    others = {"a/0.heic": b"", "a/1.heic": b"", "LICENSE": b"", "b/Thumbs.db": b""}
+    got = data.load(data_write(tmp_path / "d", files | others))
+    assert list(got.class_names) == [name[0] for name in files]
+    assert got.report[2] == "4 other files left out (2 .heic, 1 .db, 1 without a suffix)"
+
+
+@pytest.mark.parametrize("files, lost", [
+    ("dog/0.png cat/0.heic cat/1.heic", "cat"),                 # dog is no folder that all share
+    ("x/dog/0.png x/cat/0.heic", "cat"), ("a/0.png b/1.png c/2.bin c/notes.txt", "c"),
+    ("a/0.png b/1.png c/d/2", "c")])
+@pytest.mark.parametrize("form", ["", ".zip"])
+def test_a_class_folder_that_loses_all_files_is_an_error(tmp_path, files, lost, form):
+    contents = {name: DATA_PNG[0] if name.endswith(".png") else b"" for name in files.split()}
+    with pytest.raises(data.DataError, match=f"the folder {lost} holds no image"):
+        data.load(data_write(tmp_path / f"d{form}", contents))
+
+
+def test_files_beside_the_classes_are_no_lost_class(tmp_path):
+    layouts = "0.png 1.png raw/0.cr2", "a/0.png b/1.png notes/a.txt", "x/a/0.png x/b/1.png y/0.mat"
+    for i, files in enumerate(layouts):
+        contents = {name: DATA_PNG[0] if name.endswith(".png") else b"" for name in files.split()}
+        assert "1 other files left out" in data_report(data_write(tmp_path / str(i), contents))
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_a_zip_that_holds_a_name_twice_is_an_error(tmp_path):
+    path = data_write(tmp_path / "d.zip", DATA_CLASSES)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("bee\\4.png", DATA_PNG[0])             # the same name with another slash
+    with pytest.raises(data.DataError, match="bee/4.png is in it twice"):
+        data.load(path)
+
+
+@pytest.mark.parametrize("name, seen", [
+    ("K\xf6ln".encode(), "K\xf6ln"),
+    (b"\x81ber", "\xfcber")])                                   # code page 437
+def test_zip_names_without_the_flag_are_utf8_where_that_is_valid(tmp_path, name, seen):
+    path = tmp_path / "d.zip"
+    ascii_name = b"x" * len(name)
+    data_write(path, {f"{ascii_name.decode()}/0.png": DATA_PNG[0], "dog/1.png": DATA_PNG[1]})
+    path.write_bytes(path.read_bytes().replace(ascii_name + b"/", name + b"/"))
+    assert set(data.load(path).class_names) == {"dog", seen}
+
+
+def test_a_zip_of_the_current_folder_is_read(tmp_path):
+    assert np.array_equal(data.load(data_write(tmp_path / "d.zip", data_under(".", DATA_CLASSES))).x, DATA_X)
+
+
+def test_frames_left_out_are_counted(tmp_path):
+    frames = [Image.fromarray(pixels) for pixels in DATA_RGB[:3]]
+    for form in "TIFF", "GIF", "WEBP", "PNG":
+        several = data_file(frames[0], form, save_all=True, append_images=frames[1:])
+        path = data_write(tmp_path / form, {f"0.{form.lower()}": several, f"1.{form.lower()}": several})
+        assert "4 frames left out: only the first is read of 2 files" in data_report(path)
+        if form in ("TIFF", "PNG"):                             # the others are lossy
+            assert np.array_equal(data.load(path).x, DATA_X[[0, 0]])
+    photo = data_file(frames[0], "MPO", save_all=True, append_images=frames[1:])
+    assert "frames" not in data_report(data_write(tmp_path / "phone", {"0.jpg": photo}))
+
+
+def test_enlarged_images_are_counted(tmp_path):
+    small, wide = data_file(DATA_RGB[0]), data_file(DATA_RGB[:4].reshape(16, 16, 3))
+    path = data_write(tmp_path / "d", {"0.png": small, "1.png": wide})
+    assert "1 images smaller than 12 pixels were enlarged" in data_report(path, 12)
+    assert "enlarged" not in data_report(path, 8)
+    path = data_write(tmp_path / "d.npz", dict(images=DATA_X))
+    assert "6 images smaller than 12 pixels were enlarged" in data_report(path, 12)
+
+
+def test_folders_of_runs_are_left_out(tmp_path):
+    runs = {"runs/a/checkpoint.pt": b"", "runs/a/samples.png": DATA_PNG[5], "runs/b/guide/checkpoint.pt": b"",
+            "runs/b/coreset.png": DATA_PNG[5], "runs/b/guide/x.png": DATA_PNG[5]}
+    for form in "", ".zip":
+        path = data_write(tmp_path / f"d{form}", DATA_CLASSES | runs)
+        got = data.load(path)
+        assert np.array_equal(got.x, DATA_X) and got.report[2:] == ["2 folders of runs left out"]
+    monitored = (tmp_path / "d/runs/a/samples.png")
+    monitored.write_bytes(b"newer")
+    with mock.patch.object(data, "_read", None):                # the run changes nothing
+        data.load(tmp_path / "d")
+    with pytest.raises(data.DataError, match="/runs/a: not a data set, it is the folder of a run"):
+        data.load(tmp_path / "d/runs/a")
+
+
+def test_a_png_with_a_long_text_is_read(tmp_path):
+    text = PngImagePlugin.PngInfo()
+    text.add_text("parameters", "a long prompt " * 200_000, zip=True)
+    text.add_itxt("edits", "history " * 400_000, zip=True)
+    assert len(data.load(data_write(tmp_path / "d", {"0.png": data_file(DATA_RGB[0], pnginfo=text)}))) == 1
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("DATA_CACHE", f"{tmp_path}/file/cache")
+    with pytest.raises(data.DataError, match="/file/cache: cannot be written, .*: set DATA_CACHE to a f"):
+        data.load(data_write(tmp_path / "d", DATA_CLASSES))
+
+
+def test_a_cache_in_a_folder_whose_name_is_not_utf8_is_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("DATA_CACHE", os.fsdecode(os.fsencode(tmp_path) + b"/l\xe4ufe"))
+    path = data_write(tmp_path / os.fsdecode(b"\xe4"), DATA_CLASSES)
+    assert np.array_equal(data.load(path).x, DATA_X) and np.array_equal(data.load(path).x, DATA_X)
+
+
+def test_latents_that_the_unet_cannot_take_are_named(tmp_path, capsys):
+    np.savez(tmp_path / "z.npz", latents=np.zeros((9, 4, 28, 28), np.float32))
+    flags = f"{SMALL} --data {tmp_path}/z.npz --out {tmp_path}/run"
+    err = _one_line(capsys, train, flags, "latents", "28", "8")
+    assert "--size" not in err
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1579,6 +1863,7 @@ DATA_BAD = [                    # what is loaded, the files there (or names of i
     ("d.zip", "x/ant/test/0.png x/ant/unlabeled/1.png x/bee/2.png", "in ant look like splits"),
     ("d", {"0.png": DATA_PNG[0], "1.txt": "gone"}, "1.txt: no such file"),
     ("d", {"0.png": DATA_PNG[0], "a": "../d"}, "symbolic links"),
+    ("d", {"a/0.png": DATA_PNG[0], "b/1.png": DATA_PNG[1], "a/up": "../../d", "b/up": ".."}, "folder above"),
     ("d", data_under("x", DATA_CIFAR | {"data_batch_2": b"cos\nmkdir\n(S'ran'\ntR."}), "wants to run"),
     ("d", data_under("x", DATA_CIFAR) | data_under("copy", DATA_CIFAR), "10 of CIFAR-10's 5"),
     ("d.zip", data_edm(0, 1, 2, 3, 4), "img00000005.png is not listed (dataset.json)"),
@@ -1590,6 +1875,8 @@ DATA_BAD = [                    # what is loaded, the files there (or names of i
     ("d.npz", dict(images=DATA_X, labels=[-1] * 6), "from 0 on"),
     ("d.npz", dict(images=DATA_X[:, :2]), "[6, 2, 8, 8], wanted three"),
     ("d.npz", dict(images=DATA_X, labels=[0] * 6, class_names=["a", "a"]), "K different"),
+    ("d.npz", dict(samples=DATA_X), "neither `images` nor `latents`"),
+    ("d.npz", dict(latents=DATA_Z, mean=[0] * 4, std=[1, 1, 1, 0]), "`std` above 0"),
 ]
 
 
@@ -1675,18 +1962,72 @@ def test_long_tail_counts():
     assert torch.bincount(labels[data.long_tail(labels, 8)]).tolist() == [24, 12, 0, 3]
 
 
+def test_the_pool_is_split_the_same_way_for_every_seed():
+    dataset = data_set()                                        # 10 of each of four classes
+    pool, held_out = data.split_pool(dataset)
+    assert held_out is None and torch.equal(pool, torch.arange(40))
+    pool, held_out = data.split_pool(dataset, holdout=7)
+    assert torch.equal(torch.cat([pool, held_out]).sort().values, torch.arange(40)) and len(held_out) == 7
+    assert torch.equal(held_out, held_out.sort().values)
+    tail, same = data.split_pool(dataset, holdout=7, imbalance=8.0, seed=3)
+    assert torch.equal(same, held_out) and torch.isin(tail, pool).all()
+    assert torch.equal(tail, pool[data.long_tail(dataset.labels[pool], 8.0, 3)])
+
+
+def test_class_weights_have_mean_one_over_the_examples():
+    dataset = data_set()
+    index = torch.tensor([0, 4, 8, 1, 2, 6])                    # classes 0 0 0 1 2 2
+    counts = data.class_counts(dataset, index)
+    assert counts.tolist() == [3, 1, 2, 0] and data.class_counts(dataset).tolist() == [10] * 4
+    weights = data.class_weights_of_mean_one(torch.tensor([1.0, 2, 3, 4]), counts)
+    assert torch.allclose(weights[dataset.labels[index]].mean(), torch.ones([]))
+    assert torch.allclose(weights / weights[0], torch.tensor([1.0, 2, 3, 4]))
+    inverse = data.class_weights_of_mean_one(data.inverse_frequency(counts), counts)
+    assert torch.allclose((inverse * counts)[:3], torch.full((3,), 2.0))
+
+
+def test_class_weights_are_read_back_with_their_cost(tmp_path):
+    path, names = tmp_path / "w.json", ["a", "K\xf6ln"]
+    data.write_class_weights(path, names, torch.tensor([0.25, 3.0]), 77.5, 76_800)
+    weights, seconds, examples = data.read_class_weights(path, names[::-1])
+    assert weights.tolist() == [3.0, 0.25] and (seconds, examples) == (77.5, 76_800)
+    path.write_text('{"weights": {"a": 1, "b": 0}}')            # by hand
+    weights, seconds, examples = data.read_class_weights(path, ["a", "b"])
+    assert weights.tolist() == [1, 0] and (seconds, examples) == (0, 0)
+
+
+@pytest.mark.parametrize("content", [
+    "", "[1]", '{"a": 1, "b": 1}', '{"weights": [1, 1]}', '{"weights": {"a": 1}}',
+    '{"weights": {"a": 0, "b": 0}}',
+    '{"weights": {"a": -1, "b": 1}}', '{"weights": {"a": NaN, "b": 1}}', '{"weights": {"a": 1e300, "b": 1}}',
+    '{"weights": {"a": "1", "b": 1}}', '{"weights": {"a": 1, "b": 1, "c": 1}}', "[" * 100_000,
+    '{"weights": {"a": 1, "b": 1}, "seconds": -1}', '{"weights": {"a": 1, "b": 1}, "examples": null}'])
+def test_other_files_are_no_class_weights(tmp_path, content):
+    (tmp_path / "w.json").write_text(content)
+    with pytest.raises(data.DataError, match="/w.json: not class weights for these classes, "):
+        data.read_class_weights(tmp_path / "w.json", ["a", "b"])
+
+
 def test_group_dro_by_hand():
-    dro, alpha, total = data.GroupDRO(3, eta=0.7, smoothing=0.01), np.full(3, 1 / 3), np.zeros(3)
+    dro = data.GroupDRO(3, eta=0.7, smoothing=0.01)
+    alpha, total = np.full(3, 1 / 3), np.zeros(3)
     steps = [([0.4, -1.0, 0.8, 2.0, 1.0], [0, 0, 0, 2, 2], [0.4, 0, 1.5]),      # class 1 is absent
-             ([0.3, 0.5, 9.0, math.nan, 0.2], [1, 1, 0, 2, 2], [9.0, 0.4, 0.1])]
+             ([0.3, 0.5, 9.0, math.nan, 0.2], [1, 1, 0, 2, 2], [9.0, 0.4, 0.1])]        # one of class 0 only
     for excess, labels, e in steps:
-        parts = zip(torch.tensor(excess).split(3), torch.tensor(labels).split(3))       # of two processes
-        dro.update(sum(dro.totals(*part) for part in parts))
+        halves = zip(torch.tensor(excess).split(3), torch.tensor(labels).split(3))      # of two processes
+        dro.update(sum(dro.totals(*half) for half in halves))
         alpha = alpha * np.exp(0.7 * np.array(e))
         alpha = 0.99 * alpha / alpha.sum() + 0.01 / 3
         total += alpha
         np.testing.assert_allclose(dro.weights, alpha, rtol=1e-5)
     np.testing.assert_allclose(dro.mean, total / 2, rtol=1e-5)
+
+
+def test_group_dro_takes_the_step_size_of_its_paper():
+    dro = data.GroupDRO(2)
+    dro.update(dro.totals(torch.tensor([0.5, 0.0]), torch.tensor([0, 1])))
+    alpha = np.exp([0.5, 0.0]) / np.exp([0.5, 0.0]).sum()
+    np.testing.assert_allclose(dro.weights, 0.999 * alpha + 0.0005, rtol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,8 @@ import json
 import os
 import re
 import sys
+import time
+import typing
 from html import escape
 from pathlib import Path
 
@@ -326,16 +328,22 @@ def extract(net, x, label=None, batch=128):
 
 
 def data_features(net, dataset, label=None):
-    """`extract` of a whole Dataset, computed once for this content and network, then read from the folder of
-    cached data. Raises DataError."""
-    path = data.cache_folder() / f"features-{dataset.fingerprint[:16]}-{net.id.replace(':', '-')}.npy"
+    """-> (features float32 [n, d] of a whole Dataset, the seconds that computing them took).
+
+    They are computed once for this content and network and kept in the folder of cached data together with
+    their seconds, so that a run that reads them counts the same cost. Raises DataError.
+    """
+    path = data.cache_folder() / f"features-{dataset.fingerprint[:16]}-{net.id.replace(':', '-')}.npz"
     if not path.exists():
         data.output(path)
+        start = time.monotonic()
         features = extract(net, dataset.x, label)
+        seconds = time.monotonic() - start
         with data.writing(path) as file:
-            np.save(file, features.numpy())
+            np.savez(file, features=features.numpy(), seconds=seconds)
     with data.reading(path, "features of this program (delete it)"):
-        return torch.from_numpy(np.load(path, allow_pickle=False))
+        with np.load(path, allow_pickle=False) as file:
+            return torch.from_numpy(file["features"]), float(file["seconds"])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -445,90 +453,138 @@ def score_error(denoiser, tree, n=16384, seed=0, P_mean=-2.3, P_std=1.5):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Comparing runs: an arm is the set of runs whose folders differ in -sSEED alone. A column is one metric under
-# one weight of guidance, by one feature network, from one number of samples and of Heun steps; a run's curve
-# is linear between its evaluations and ends with them.
+# Comparing runs. Runs whose folders differ only in -sSEED are one arm. A column is one metric under one weight
+# of guidance, by one feature network, from one number of samples and of Heun steps. A run's curve is linear
+# between its evaluations and ends with the last one.
 
-AXES = {"examples": "examples trained on (other_examples: those of guides and proxies, beside them)",
+AXES = {"examples": "examples trained on (other_examples: those of guides and proxies, not included)",
         "seconds": "seconds of training, those of guides and proxies included"}
 NOT_METRICS = {"kind", "step", "seconds", "examples_trained", "examples_drawn", "selecting", "snapshot",
                "data", "guidance", "samples", "sampling_steps", "features", "other_seconds", "other_examples"}
 
 
-def read_curves(path):
-    """{column: {axis: {x: y}}} of a run folder's evaluations; a column is a text that names the metric and
-    how it was taken. Raises DataError."""
-    curves = {}
-    with data.reading(path, "a run folder of train.py"):
-        for line in Path(path, "log.jsonl").read_text().splitlines():
-            r = json.loads(line)
-            for name in (r.keys() - NOT_METRICS) | {"other_examples"} if r["kind"] == "eval" else ():
-                if not np.isfinite(r[name]):
-                    continue
-                guided = f", guided {r['guidance']:g}" if r["guidance"] != 1 else ""
-                how = (f"{r['features']}, {r['samples']} samples, {r['sampling_steps']} steps, "
-                       f"data {r['data']}")
-                column = f"{name}{guided} ({how})"
-                curve = curves.setdefault(column, {"examples": {}, "seconds": {}})
-                curve["examples"][r["examples_trained"]] = r[name]
-                curve["seconds"][r["seconds"] + r["other_seconds"]] = r[name]
-        if not curves:
-            raise ValueError("it has no evaluations")
-    return curves
+class Column(typing.NamedTuple):
+    metric: str                                 # "FD(own)" or "FD(own), guided 1.6"
+    protocol: str                               # features, samples, Heun steps and data
 
 
 def compare(paths, out="compare.svg", metric=None):
-    """Draw the curves of `metric` (None: the first) of run folders over seconds to `out`; -> Markdown tables
-    at the most examples and the most seconds that all of them reach, mean ± std over an arm's runs. Raises
-    DataError."""
-    arms, tables, lines = {}, [], {}
-    paths = list(dict.fromkeys(map(os.path.abspath, paths)))
-    top = os.path.commonpath(list(map(os.path.dirname, paths)))
-    for path in paths:
-        arms.setdefault(re.sub(r"-s\d+$", "", os.path.relpath(path, top)), []).append(read_curves(path))
-    every = [curves for runs in arms.values() for curves in runs]
-    columns = sorted(set().union(*every))
-    drawn = next((c for c in columns if metric in (None, c.split(" (")[0])), None)
-    if drawn is None:
-        names = ", ".join(dict.fromkeys(column.split(" (")[0] for column in columns))
-        raise data.DataError(f"--metric {metric}: the runs have {names}")
-    names, hows = columns, {column.partition(" (")[2].rstrip(")") for column in columns}
-    if len(hows) == 1:                                          # said once, not in every column
-        names = [column.partition(" (")[0] for column in columns]
-    for axis, words in AXES.items():
-        x = min(max(max(curve[axis]) for curve in curves.values()) for curves in every)
-        rows = [["arm", "runs", *names], ["---"] * (2 + len(names))]
-        for arm, runs in arms.items():
-            rows.append([arm, str(len(runs))])
-            for column in columns:
-                points = [np.array(sorted(run[column][axis].items())).T for run in runs if column in run]
-                rows[-1].append(_mean_at(x, points))
-                if column == drawn and points and axis == "seconds":
-                    low, high = max(p[0, 0] for p in points), min(p[0, -1] for p in points)
-                    grid = np.linspace(low, max(low, high), 50)
-                    lines[arm] = grid, np.mean([np.interp(grid, *p) for p in points], axis=0)
-        table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-        words += f"\n({', '.join(hows)})" * (len(hows) == 1)
-        tables.append(f"At {_number(x)} {words}:\n\n{table}")
-    chart(out, drawn, AXES["seconds"], lines)
+    """Compare run folders: returns two Markdown tables of mean ± std over an arm's runs, at equal examples and
+    at equal seconds, and draws `metric` (None: the first) over seconds to the file `out`. Raises DataError."""
+    arms = read_arms(paths)
+    every_run = [run for runs in arms.values() for run in runs]
+    columns = sorted(set().union(*every_run))
+    drawn = column_to_draw(columns, metric)
+    tables = [table(arms, columns, axis) for axis in AXES]
+    lines = {}
+    for arm, runs in arms.items():
+        curves = [run[drawn]["seconds"] for run in runs if drawn in run]
+        if curves:
+            lines[arm] = mean_curve(curves)
+    chart(out, f"{drawn.metric} ({drawn.protocol})", AXES["seconds"], lines)
     return "\n\n".join(tables)
+
+
+def read_arms(paths):
+    """{arm: [curves of a run, ...]} of run folders; each folder counts once."""
+    folders = list(dict.fromkeys(os.path.abspath(path) for path in paths))
+    top = os.path.commonpath([os.path.dirname(folder) for folder in folders])
+    arms = {}
+    for folder in folders:
+        arm = re.sub(r"-s\d+$", "", os.path.relpath(folder, top))
+        arms.setdefault(arm, []).append(read_curves(folder))
+    return arms
+
+
+def read_curves(folder):
+    """{Column: {axis: float64 [2, n], x above y}} of the evaluations in a run folder. Raises DataError."""
+    points = {}
+    with data.reading(folder, "a run folder of train.py"):
+        for line in Path(folder, "log.jsonl").read_text().splitlines():
+            record = json.loads(line)
+            if record["kind"] == "eval":
+                _add_points(points, record)
+        if not points:
+            raise ValueError("it has no evaluations")
+    curves = {}
+    for column, axes in points.items():
+        curves[column] = {axis: np.array(sorted(axes[axis].items())).T for axis in AXES}
+    return curves
+
+
+def _add_points(points, record):
+    """Add the metrics of one evaluation's record to `points`, {Column: {axis: {x: y}}}."""
+    protocol = (f"{record['features']}, {record['samples']} samples, {record['sampling_steps']} steps, "
+                f"data {record['data']}")
+    suffix = ""
+    if record["guidance"] != 1:
+        suffix = f", guided {record['guidance']:g}"
+    for name in record:
+        if name in NOT_METRICS and name != "other_examples" or not np.isfinite(record[name]):
+            continue
+        column = points.setdefault(Column(name + suffix, protocol), {axis: {} for axis in AXES})
+        column["examples"][record["examples_trained"]] = record[name]
+        column["seconds"][record["seconds"] + record["other_seconds"]] = record[name]
+
+
+def column_to_draw(columns, metric):
+    """The first column of `metric`, or the first of all for None. Raises DataError where no run has it."""
+    for column in columns:
+        if metric in (None, column.metric):
+            return column
+    metrics = dict.fromkeys(column.metric for column in columns)
+    raise data.DataError(f"--metric {metric}: the runs have {', '.join(metrics)}")
+
+
+def table(arms, columns, axis):
+    """The Markdown table of all arms at equal examples or seconds. Each column is read at an x of its own, where
+    the shortest of its curves ends; the row "read at" shows it."""
+    names = [column.metric for column in columns]
+    protocols = {column.protocol for column in columns}
+    heading = f"At equal {AXES[axis]}.\nEach column is read where the shortest of its runs ends:"
+    if len(protocols) == 1:                                     # say it once, not in every column
+        heading += f"\n({columns[0].protocol})"
+    else:
+        names = [f"{column.metric} ({column.protocol})" for column in columns]
+    rule = ["---" for _ in ("arm", "runs", *names)]
+    rows = [["arm", "runs", *names], rule, ["read at", ""]]
+    for arm, runs in arms.items():
+        rows.append([arm, str(len(runs))])
+    every_run = [run for runs in arms.values() for run in runs]
+    for column in columns:
+        x = min(run[column][axis][0, -1] for run in every_run if column in run)
+        rows[2].append(_number(x))
+        for row, runs in zip(rows[3:], arms.values()):
+            row.append(_mean_at(x, [run[column][axis] for run in runs if column in run]))
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return heading + "\n\n" + "\n".join(lines)
+
+
+def _mean_at(x, curves):
+    """Text: mean ± std at x of the curves [2, n] that have begun there; "" for no curves."""
+    if not curves:
+        return ""
+    values = [np.interp(x, *curve) for curve in curves if curve[0, 0] <= x]
+    if not values:
+        return f"from {_number(min(curve[0, 0] for curve in curves))} on"
+    text = f"{np.mean(values):.4g}"
+    if len(values) > 1:
+        text += f" ± {np.std(values, ddof=1):.2g}"
+    if len(values) < len(curves):
+        text += f" ({len(values)} of {len(curves)})"
+    return text
 
 
 def _number(x):
     return f"{x:,.1f}".removesuffix(".0")
 
 
-def _mean_at(x, curves):
-    """Mean ± std at x of curves [2, n], linear in between; else from or until where there are any."""
-    values = [np.interp(x, *curve) for curve in curves if curve[0, 0] <= x <= curve[0, -1]]
-    if not values:
-        first = min((curve[0, 0] for curve in curves), default=None)
-        if first is None or first > x:
-            return f"from {_number(first)} on" if curves else ""
-        return f"until {_number(max(curve[0, -1] for curve in curves))}"
-    spread = f" ± {np.std(values, ddof=1):.2g}" if len(values) > 1 else ""
-    fewer = f" ({len(values)} of {len(curves)})" if len(values) < len(curves) else ""
-    return f"{np.mean(values):.4g}{spread}{fewer}"
+def mean_curve(curves):
+    """(x [50], y [50]): the mean of curves [2, n] over the x that all of them reach."""
+    low = max(curve[0, 0] for curve in curves)
+    high = max(low, min(curve[0, -1] for curve in curves))
+    x = np.linspace(low, high, 50)
+    return x, np.mean([np.interp(x, *curve) for curve in curves], axis=0)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -625,7 +681,7 @@ def main(argv=None):
     if any(known) and args.features != "inception":
         raise data.DataError(f"--features {args.features}: statistics (mu, sigma) are those of inception")
     net = network(args.features, args.device, args.inception_weights) if any(sets) else None
-    features = [dataset and data_features(net, dataset, path) for path, dataset in zip(args.paths, sets)]
+    features = [dataset and data_features(net, dataset, path)[0] for path, dataset in zip(args.paths, sets)]
     if any(known):
         both = [k or moments(f) for k, f in zip(known, features)]
         if both[0][0].shape != both[1][0].shape:

@@ -1685,10 +1685,14 @@ def test_data_features_are_computed_once_per_data_and_network(tmp_path, monkeypa
     _fid_classifier(tmp_path / "own.pt")
     nets = [fid.network(name) for name in ("pixels", f"own:{tmp_path / 'own.pt'}")]
     sets = [data.load(_images(tmp_path / f"{n}.npz", n)) for n in (20, 30)]
-    direct = [(net, dataset, fid.extract(net, dataset.x)) for net in nets for dataset in sets]
-    for _ in range(2):
-        assert all(torch.equal(fid.data_features(net, dataset), f) for net, dataset, f in direct)
-        monkeypatch.setattr(fid, "extract", None)               # the second time no network runs
+    pairs = [(net, dataset) for net in nets for dataset in sets]
+    first = [fid.data_features(net, dataset) for net, dataset in pairs]
+    for (net, dataset), (features, seconds) in zip(pairs, first):
+        assert torch.equal(features, fid.extract(net, dataset.x)) and seconds > 0
+    monkeypatch.setattr(fid, "extract", None)                   # the second time no network runs
+    for (net, dataset), (features, seconds) in zip(pairs, first):
+        again, seconds_again = fid.data_features(net, dataset)
+        assert torch.equal(again, features) and seconds_again == seconds        # and costs the same
 
 
 @pytest.mark.parametrize("argv, message", [
@@ -1748,12 +1752,12 @@ def test_compare_interpolates_counts_guides_averages_seeds_and_draws_each_arm(tm
             _fid_log(tmp_path / "<b&>-s0", (10, 4), (25, 1), other_seconds=1, other_examples=50)]
     _, out, _ = _fid_run(capsys, "--compare", *runs, "--out", tmp_path / "c.svg")
     rows = _fid_rows(out)
-    assert rows[0] == rows[5] == ["arm", "runs", "FD(pixels)", "other_examples"]
+    assert rows[0] == rows[6] == ["arm", "runs", "FD(pixels)", "other_examples"]
     assert out.count("(pixels, 64 samples, 4 steps, data 1a)") == 2
-    assert "At 250 examples" in out and "At 3 seconds" in out   # the least of the last evaluations
-    assert [rows[2], rows[7]] == [["a", "2", "3 ± 0.71", "0 ± 0"], ["a", "2", "4 ± 1.4", "0 ± 0"]]
-    assert [rows[3], rows[8]] == [["late", "1", *2 * [f"from {x} on"]] for x in (400, 4)]
-    assert [rows[4], rows[9]] == [["<b&>", "1", y, "50"] for y in "12"]
+    assert [rows[2], rows[8]] == [["read at", "", x, x] for x in ("250", "3")]  # the least of the last evaluations
+    assert [rows[3], rows[9]] == [["a", "2", "3 ± 0.71", "0 ± 0"], ["a", "2", "4 ± 1.4", "0 ± 0"]]
+    assert [rows[4], rows[10]] == [["late", "1", *2 * [f"from {x} on"]] for x in (400, 4)]
+    assert [rows[5], rows[11]] == [["<b&>", "1", y, "50"] for y in "12"]
     root = xml.etree.ElementTree.parse(tmp_path / "c.svg").getroot()
     drawn = [np.array([pair.split(",") for pair in line.get("points").split()], float).T
              for line in root.iter("{http://www.w3.org/2000/svg}polyline")]
@@ -1768,12 +1772,32 @@ def test_compare_interpolates_counts_guides_averages_seeds_and_draws_each_arm(tm
 @pytest.mark.parametrize("key", ["features", "guidance", "samples", "sampling_steps", "data"])
 def test_compare_keeps_what_was_evaluated_differently_apart(tmp_path, key):
     runs = [_fid_log(tmp_path / f"a-s{i}", (10, i), **{"guidance": 3, key: i}) for i in (2, 4)]
-    head, _, row = _fid_rows(fid.compare(runs, tmp_path / "c.svg"))[:3]
+    head, _, _, row = _fid_rows(fid.compare(runs, tmp_path / "c.svg"))[:4]
     assert len(set(head)) == 6 and sorted(row) == ["0", "0", "2", "2", "4", "a"]
 
 
-def test_compare_says_where_a_column_ends(tmp_path):
-    early, late = (_fid_log(tmp_path / f"{n}", *points, samples=n) for n, points in (
-        (8, [(10, 1)]), (64, [(10, 5), (30, 2)])))
-    (late / "log.jsonl").write_text("\n".join((run / "log.jsonl").read_text() for run in (early, late)))
-    assert sorted(_fid_rows(fid.compare([late], tmp_path / "c.svg"))[2][2:]) == ["0", "2", *2 * ["until 100"]]
+def test_compare_reads_each_column_where_its_own_curves_end(tmp_path):
+    """A guide's 5 seconds count for guided samples alone, or, where it also chose the batches, for all."""
+    arms = {"uniform": (0, 5), "ajest": (1, 1)}                 # seconds besides, unguided and guided
+    runs = []
+    for name, (unguided, guided) in arms.items():
+        runs.append(_fid_log(tmp_path / name, (10, 6), (30, 2), other_seconds=unguided))
+        other = _fid_log(tmp_path / f"{name}-guided", (10, 3), (30, 1), other_seconds=guided, guidance=3)
+        with open(runs[-1] / "log.jsonl", "a") as file:
+            file.write("\n" + (other / "log.jsonl").read_text())
+    rows = _fid_rows(fid.compare(runs, tmp_path / "c.svg"))
+    assert rows[0][2:4] == ["FD(pixels)", "FD(pixels), guided 3"]
+    assert rows[2][2:4] == ["300", "300"]                       # examples
+    assert rows[7][2:4] == ["3", "4"]                           # seconds: of uniform, of AJEST
+    assert rows[8][2:4] == ["2", "from 6 on"]
+    assert rows[9][2:4] == ["4", "1"]                           # AJEST unguided, halfway from 2 to 4 seconds
+
+
+def test_compare_reads_what_ended_early_where_it_ended(tmp_path):
+    few = _fid_log(tmp_path / "few", (10, 1), samples=8)
+    run = _fid_log(tmp_path / "run", (10, 5), (30, 2))
+    both = (few / "log.jsonl").read_text() + "\n" + (run / "log.jsonl").read_text()
+    (run / "log.jsonl").write_text(both)
+    rows = _fid_rows(fid.compare([run], tmp_path / "c.svg"))
+    assert sorted(rows[2][2:]) == ["100", "100", "300", "300"]
+    assert sorted(rows[3][2:]) == ["0", "0", "1", "2"]

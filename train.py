@@ -569,7 +569,8 @@ class Evaluate:
             features = "none"
         else:
             self.net = fid.network(c.metrics, c.device)
-            self.real, features = fid.data_features(self.net, dataset, "features of the data"), self.net.id
+            self.real, _ = fid.data_features(self.net, dataset, "features of the data")
+            features = self.net.id
             self.moments = fid.moments(self.real)
             fid.warn_of_few(c.eval_samples, "--eval-samples")
         self.how = dict(features=features, data=c.fingerprint[:8], samples=c.eval_samples,
@@ -668,14 +669,16 @@ def choose_examples(c, dataset, out):
         pool = pool[data.long_tail(dataset.labels[pool], c.imbalance, c.seed)]
     if c.keep is None:
         return pool, pool, held_out, 0.0
+    feature_seconds = 0.0
     if c.prune_features == "pixels" or c.prune == "random":
         features = data.pixel_features(dataset, pool)
     else:
         net = fid.network(c.prune_features, c.device)
-        features = fid.data_features(net, dataset, "features of the data")[pool]
+        features, feature_seconds = fid.data_features(net, dataset, "features of the data")
+        features, began = features[pool], time.monotonic()
     labels = None if dataset.labels is None else dataset.labels[pool]
     priority = data.priorities(features, labels, c.prune, seed=c.seed)
-    keep, seconds = data.prune(priority, labels, c.keep), time.monotonic() - began
+    keep, seconds = data.prune(priority, labels, c.keep), feature_seconds + time.monotonic() - began
     if RANK == 0:
         with data.writing(out / "coreset.png") as file:
             data.coreset_picture(dataset, pool, priority, keep).save(file, format="PNG")

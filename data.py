@@ -101,6 +101,11 @@ def number(kind, interval):
     return parse
 
 
+def path(text):
+    """An argparse type: a path, with the home folder in place of "~"."""
+    return os.path.expanduser(text)
+
+
 def device(text):
     """An argparse type: the name of a torch device that is there. Of several processes each takes its own."""
     try:
@@ -382,9 +387,11 @@ class Batches:
         P_mean=-1.2,            # of ln sigma
         P_std=1.2,
         rows=slice(None),       # the rows of the n that are wanted here (several processes)
+        purpose="",             # "validation-": draws of its own, no training step's
     ):
         self.dataset, self.n, self.seed, self.device = dataset, n, seed, torch.device(device)
         self.flip, self.targets, self.P_mean, self.P_std, self.rows = flip, targets, P_mean, P_std, rows
+        self.purpose = purpose
         if dataset.kind != "tree":
             self.pool = torch.arange(len(dataset)) if pool is None else pool
 
@@ -418,7 +425,12 @@ class Batches:
         return batch
 
     def _draw(self, step, name, device="cpu"):
-        return stream(self.seed, step, name, device)
+        return stream(self.seed, step, self.purpose + name, device)
+
+
+def micro_batches(n, size):
+    """Slices of n examples, of `size` each (None: one)."""
+    return [slice(i, i + (size or n)) for i in range(0, n, size or n)]
 
 
 # ------------------------------------------------------------------------------------------------------------

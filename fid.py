@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 import data
+import guide
 import model
 
 WEIGHTS_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -450,6 +451,167 @@ def score_error(denoiser, tree, n=16384, seed=0, P_mean=-2.3, P_std=1.5):
     for x, sigma in zip(x.split(4096), sigma.split(4096)):
         losses.append(model.per_example_loss(denoiser(x, sigma, None), tree.denoise(x, sigma), sigma))
     return torch.cat(losses).mean().item()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Evaluation of a run: always from the same noise, unguided and guided, so that runs and steps compare. Its
+# records say how the metrics were taken, and `--compare` puts only records of one protocol on one curve.
+
+class Evaluation:
+    """evaluation(denoiser, guide_denoiser, progress) -> records for the log; also draws samples.png.
+
+    denoiser and guide_denoiser (None: without) are `model.Denoiser`s in evaluation mode; `progress` is a dict of
+    what the run has done, which each record repeats. The first record is of unguided samples, the second, where
+    there is a guide and its weight is not 1, of guided ones.
+    """
+
+    def __init__(
+        self,
+        c,                      # settings of train.py
+        dataset,                # data.Dataset or data.Tree, on its device
+        folder,                 # run folder in which samples.png is drawn
+        held_out=None,          # indices of the examples for the validation loss; None = it is not computed
+    ):
+        self.c = c
+        self.dataset = dataset
+        self.folder = Path(folder)
+        self.held_out = held_out
+        self.guide_costs = (0.0, 0)                             # seconds, examples; they count for guided samples
+        self.accelerated = {}                                   # {Denoiser: the same, compiled}
+        features = "none"
+        if c.kind == "tree":
+            features = "tree"
+            self.noise = torch.randn(c.eval_samples, 2, generator=data.stream(0, 0, "eval"))
+            self.endpoints = guide.heun(dataset.denoise, self.noise[:4096].to(c.device),
+                                        steps=c.sampling_steps, sigma_max=c.sigma_max)
+        elif c.metrics != "none":
+            self.net = network(c.metrics, c.device)
+            features = self.net.id
+            self.real, _ = data_features(self.net, dataset, "features of the data")
+            self.real_moments = moments(self.real)
+            warn_of_few(c.eval_samples, "--eval-samples")
+        self.protocol = dict(features=features, data=c.fingerprint[:8], samples=c.eval_samples,
+                             sampling_steps=c.sampling_steps)
+
+    def records(self, log, step, guidance):
+        """The records in the log of this step and weight that were taken by this protocol."""
+        wanted = dict(self.protocol, step=step, kind="eval", guidance=guidance)
+        return [record for record in log if wanted.items() <= record.items()]
+
+    def is_logged(self, log, step, guidance):
+        """Whether the log has this step's evaluation up to this weight of guidance (1 = no guide)."""
+        return bool(self.records(log, step, guidance))
+
+    def print_metrics(self, log, step, guidance):
+        """Print a line of unguided metrics and, where the weight is not 1, one of guided metrics."""
+        for w in dict.fromkeys((1.0, guidance)):
+            for record in self.records(log, step, w)[-1:]:
+                metrics = [f"{name} {value:.4f}" for name, value in record.items() if name not in NOT_METRICS]
+                way = "unguided" if w == 1 else f"guidance {w:g}"
+                if metrics:
+                    print(f"step {step}, {way}:  {'  '.join(metrics)}", flush=True)
+
+    def __call__(self, denoiser, guide_denoiser, progress):
+        c = self.c
+        main = self.accelerate(denoiser)
+        weak = None
+        weights = [1.0]
+        if guide_denoiser is not None and c.guidance != 1:
+            weak = self.accelerate(guide_denoiser)
+            weights.append(c.guidance)
+        records = []
+        samples = []
+        for w in weights:
+            x, metrics = self.draw(guide.autoguided(main, weak, w), f"evaluating, guidance {w:g}")
+            record = dict(progress, kind="eval") | self.protocol | dict(guidance=w)
+            if w == 1:
+                metrics |= self.losses(main)
+            else:
+                seconds, examples = self.guide_costs
+                record["other_seconds"] += seconds
+                record["other_examples"] += examples
+            records.append(record | metrics)
+            samples.append(x)
+        self.draw_samples(samples)
+        return records
+
+    def accelerate(self, denoiser):
+        """The denoiser in the run's precision, compiled where the run is; made once for each denoiser."""
+        if denoiser not in self.accelerated:
+            c = self.c
+            self.accelerated[denoiser] = model.accelerate(denoiser, c.device, c.bf16, c.compile)
+        return self.accelerated[denoiser]
+
+    def draw(self, denoiser, label="evaluating"):
+        """(samples [n, ...] on the CPU, their metrics) of a denoiser for `guide.heun`; shows progress."""
+        c = self.c
+        batches = []
+        drawn = 0
+        for x in self.sample_batches(denoiser):
+            batches.append(x)
+            drawn += len(x)
+            data.progress(f"{label}: {drawn:,}/{c.eval_samples:,} samples", last=drawn == c.eval_samples)
+        x = torch.cat(batches)
+        if c.kind == "tree":
+            return x.cpu(), tree_metrics(x, self.dataset, self.endpoints)
+        if c.metrics == "none":
+            return x, {}
+        fake = extract(self.net, x)
+        return x, image_metrics(self.real, fake, self.net.id, c.device, self.real_moments)
+
+    def sample_batches(self, denoiser):
+        """Yield samples [<= batch, ...]: points on the run's device, or uint8 images or latents on the CPU."""
+        c = self.c
+        sampler = dict(steps=c.sampling_steps, sigma_max=c.sigma_max)
+        if c.kind == "tree":
+            for noise in self.noise.split(2048):
+                yield guide.heun(denoiser, noise.to(c.device), **sampler)
+            return
+        labels = None
+        if c.net_classes:
+            labels = data.classes_in_turn(c.class_shares, torch.arange(c.eval_samples))
+        batch = min(c.micro_batch or c.batch, c.eval_samples)
+        for x in guide.generate(denoiser, range(c.eval_samples), labels, batch, c.device, **sampler):
+            yield data.decode(x, vars(c)).cpu()
+
+    def losses(self, denoiser):
+        """{"score_error"} on the tree, {"validation_loss"} where examples are held out."""
+        if self.c.kind == "tree":
+            return dict(score_error=score_error(denoiser, self.dataset, **self.c.eval_levels))
+        if self.held_out is not None:
+            return dict(validation_loss=self.validation_loss(denoiser))
+        return {}
+
+    @torch.no_grad()
+    def validation_loss(self, denoiser):
+        """Mean loss on the held-out examples, at noise that depends on the batch size alone."""
+        c = self.c
+        losses = []
+        batches = data.Batches(self.dataset, c.batch, 0, c.device, flip=c.flip, purpose="validation-",
+                               **c.eval_levels)
+        for step, index in enumerate(self.held_out.split(c.batch)):
+            padding = index[:1].expand(c.batch - len(index))    # batches of one size: one compiled graph
+            batch = batches.of(torch.cat([index, padding]), step)
+            outputs = []
+            for rows in data.micro_batches(c.batch, c.micro_batch):
+                some = batch.rows(rows)
+                outputs.append(denoiser(some.x, some.sigma, some.labels))
+            loss = model.per_example_loss(torch.cat(outputs), batch.x0, batch.sigma)
+            losses.append(loss[:len(index)])
+        return torch.cat(losses).mean().item()
+
+    def draw_samples(self, samples):
+        """samples.png: unguided and guided samples side by side, on the tree beside the exact density."""
+        c = self.c
+        titles = ["unguided samples", f"guided samples, w = {c.guidance:g}"][:len(samples)]
+        if c.kind == "tree":
+            titles.insert(0, "exact density")
+            pictures = [data.density_picture(density) for density in (self.dataset, *samples)]
+        else:
+            columns = min(c.classes or 10, 10)
+            pictures = [data.image_grid(x[:80], columns) for x in samples]
+        with data.writing(self.folder / "samples.png") as file:
+            data.panels(pictures, titles).save(file, format="PNG")
 
 
 # ------------------------------------------------------------------------------------------------------------

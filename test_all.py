@@ -681,7 +681,7 @@ def test_resuming_is_bit_identical(tmp_path, monkeypatch, flags, device):
 def test_a_stop_in_an_evaluation_leaves_the_last_step(tmp_path, monkeypatch, capsys):
     flags, run = f"{TINY} --eval-samples 8 --eval-every 20", tmp_path / "run"
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
-        patch.setattr(train.Evaluate, "draw", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr(fid.Evaluation, "draw", lambda *_: os.kill(os.getpid(), signal.SIGINT))
         data.command(lambda: _train(flags, out=run))
     assert "the same command" in capsys.readouterr().err and _load(run)["progress"]["step"] == 20
     _train(flags, out=run)
@@ -867,20 +867,73 @@ def test_unlabelled_images_train_with_selection_and_validate_each_example_once()
     dataset, c = data.load(_folder() / "plain.npz"), _settings(flags)
     c.eval_levels = dict(P_mean=math.log(0.5), P_std=1e-9)
     held_out = train.choose_examples(c, dataset, run)[2]
-    evaluate = train.Evaluate(c, dataset, run, held_out)
-    evaluate.main = lambda x, sigma, labels: 0 * x
+    evaluation = fid.Evaluation(c, dataset, run, held_out)
     expected = 8 * (dataset.x[held_out] / 127.5 - 1).square().mean().item()
-    assert evaluate.validation_loss() == pytest.approx(expected, rel=1e-4) and len(held_out) == 9
+    loss = evaluation.validation_loss(lambda x, sigma, labels: 0 * x)
+    assert loss == pytest.approx(expected, rel=1e-4) and len(held_out) == 9
     found = _records(run, "eval")[0]["validation_loss"]
     assert 0 < found < 0.9 * expected and model.load_denoiser(run).classes == 2     # one is mirrored
 
 
 def test_l2_is_taken_at_the_noise_level_and_steps_of_the_run(tmp_path):
     for flags in "--sigma-max 2 --sampling-steps 7", "--sigma-max 5 --sampling-steps 3", "":
-        evaluate = train.Evaluate(_settings(flags, "--eval-samples 64"), TREE, tmp_path)
-        found = evaluate.draw(TREE.denoise)[1]
-        assert found["l2"] < 1e-5 and (flags or found["hit"] > 0.95)
-        assert evaluate.draw(lambda x, *_: TREE.denoise(x, 1.0))[1]["l2"] > 0.01
+        evaluation = fid.Evaluation(_settings(flags, "--eval-samples 64"), TREE, tmp_path)
+        _, metrics = evaluation.draw(TREE.denoise)
+        assert metrics["l2"] < 1e-5 and (flags or metrics["hit"] > 0.95)
+        _, metrics = evaluation.draw(lambda x, *_: TREE.denoise(x, 1.0))
+        assert metrics["l2"] > 0.01
+
+
+def test_an_evaluation_accelerates_a_network_once_and_shows_how_far_it_is(tmp_path, monkeypatch):
+    texts, accelerated = [], []
+    accelerate = model.accelerate
+
+    def counted(function, *args):
+        accelerated.append(function)
+        return accelerate(function, *args)
+    monkeypatch.setattr(model, "accelerate", counted)
+    monkeypatch.setattr(data, "progress", lambda text, last=False: texts.append((text, last)))
+    c = _settings("--eval-samples 5000 --sampling-steps 1 --guidance 2")
+    networks = [_denoiser(c), _denoiser(c)]
+    evaluation = fid.Evaluation(c, TREE, tmp_path)
+    evaluation.guide_costs = (3.0, 7)
+    for step in 1, 2:
+        progress = dict(step=step, other_seconds=1.0, other_examples=2)
+        unguided, guided = evaluation(*networks, progress)
+        assert [unguided["other_seconds"], unguided["other_examples"]] == [1, 2]
+        assert [guided["other_seconds"], guided["other_examples"]] == [4, 9]
+        log = [unguided, guided]
+        assert evaluation.is_logged(log, step, 2.0) and not evaluation.is_logged(log, step, 3.0)
+        assert not evaluation.is_logged([unguided], step, 2.0) and not evaluation.is_logged(log, 3, 2.0)
+    assert accelerated == networks
+    wanted = []
+    for w in 1, 2:
+        for drawn in "2,048", "4,096", "5,000":                 # in batches of 2,048 points
+            wanted.append((f"evaluating, guidance {w}: {drawn}/5,000 samples", drawn == "5,000"))
+    assert texts == wanted + wanted
+
+
+def test_validation_noise_is_the_same_in_every_run_and_no_training_step_s(tmp_path):
+    c = _settings(f"{SMALL} --data {_folder()}/plain.npz --batch 16 --eval-samples 4 --metrics none")
+    dataset, seen = data.load(_folder() / "plain.npz"), []
+
+    def denoiser(x, sigma, labels):
+        seen.append(sigma)
+        return x
+    for seed in 0, 1:
+        c.seed = seed
+        fid.Evaluation(c, dataset, tmp_path, torch.arange(20)).validation_loss(denoiser)
+    training = data.Batches(dataset, c.batch, 0, c.device, flip=c.flip, **c.eval_levels)
+    assert torch.equal(torch.cat(seen[:2]), torch.cat(seen[2:])) and len(seen) == 4
+    for step in 0, 1:
+        assert not torch.isin(seen[step], training[step].sigma).any()
+
+
+@pytest.mark.parametrize("flags, number", [("", 0), ("--holdout 6", 1)])
+def test_without_metrics_no_empty_line_is_printed(capsys, flags, number):
+    _train(SMALL, f"--data {_folder()}/d.npz --guide none --eval-samples 4 --metrics none", flags)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert len(lines) == number and all("validation_loss 0." in line for line in lines), lines
 
 
 def test_the_whole_pipeline_on_images(tmp_path, capsys):

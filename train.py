@@ -351,11 +351,6 @@ def make_objective(c, denoiser, guide_denoiser=None):
     return model.accelerate(objective, c.device, c.bf16, c.compile)
 
 
-def micro_batches(n, size):
-    """Slices of n examples, of `size` each (None: one)."""
-    return [slice(i, i + (size or n)) for i in range(0, n, size or n)]
-
-
 def make_selectors(c, dataset, denoiser, ema, keep, guide_path):
     """-> (Uniform for steps that do not select, Jest for those that do or None)."""
     how = dict(device=c.device, pool=keep, flip=c.flip, P_mean=c.P_mean, P_std=c.P_std, targets=c.targets,
@@ -380,7 +375,7 @@ def make_selectors(c, dataset, denoiser, ema, keep, guide_path):
     @torch.no_grad()
     def losses(batch):
         denoiser.eval()                                         # without dropout
-        parts = [both(*batch.rows(rows)) for rows in micro_batches(len(batch.x0), c.micro_batch)]
+        parts = [both(*batch.rows(rows)) for rows in data.micro_batches(len(batch.x0), c.micro_batch)]
         denoiser.train()
         return torch.cat(parts, 1)
     jest = select.Jest(super_batches, losses, c.batch // WORLD,
@@ -405,7 +400,7 @@ def train(
     guide_path=None,        # checkpoint: AJEST's reference, the guide of guided targets
     class_weights=None,     # of the loss, [classes]; None = 1
     dro_reference=None,     # checkpoint: find the class weights by group DRO against it
-    evaluate=None,          # Evaluate: called every eval_every steps and at the end
+    evaluate=None,          # fid.Evaluation: called every eval_every steps and at the end
     costs=(0.0, 0),         # seconds and examples that were spent on what this training needs
 ):
     """Train until c.steps are done; writes checkpoint.pt and log.jsonl to `out`."""
@@ -439,17 +434,24 @@ def train(
     uniform, jest = make_selectors(c, dataset, denoiser, ema, keep, guide_path)
     began, saved = now(c) - p["seconds"], time.monotonic()
     losses_seen, graphs, not_finite = [], set(), 0
+    average_network, evaluated_guide = None, None
 
     for step in range(p["step"], c.steps + 1):
 
         # Evaluate what the steps so far have made, unless the log has it. Until then it is saved already.
         if evaluate and (step == c.steps or c.eval_every and step and step % c.eval_every == 0):
             p["seconds"] = now(c) - began
-            if not not_finite and not evaluate.found(log, step, c.guidance if guide_path else 1.0):
+            weight = c.guidance if guide_path else 1.0
+            if not not_finite and not evaluate.is_logged(log, step, weight):
                 save(path, c, parts, p, log, guide_path)
-                log += [dict(p, kind="eval") | record for record in evaluate(denoiser, ema, guide_path, p)]
+                if average_network is None:
+                    average_network = copy.deepcopy(denoiser).eval().requires_grad_(False)
+                if evaluated_guide is None and weight != 1:
+                    evaluated_guide = load_matching(guide_path, c)
+                ema.copy_to(average_network, c.ema[0])
+                log += evaluate(average_network, evaluated_guide, p)
                 save(path, c, parts, p, log, guide_path)
-            evaluate.show(log, step)
+            evaluate.print_metrics(log, step, weight)
             began = now(c) - p["seconds"]
         if step == c.steps:
             break
@@ -475,7 +477,7 @@ def train(
         if c.dropout:
             torch.manual_seed(data.stream(c.seed, step, f"dropout{RANK or ''}").initial_seed())
         losses = []
-        for rows in micro_batches(len(batch.x0), c.micro_batch):
+        for rows in data.micro_batches(len(batch.x0), c.micro_batch):
             total, part = objective(*batch.rows(rows), weight[rows])
             (total * (len(part) / len(batch.x0))).backward()
             losses.append(part)
@@ -493,7 +495,7 @@ def train(
         if dro_reference:
             with torch.no_grad():
                 reference = [reference_loss(*batch.rows(rows))[0]
-                             for rows in micro_batches(len(batch.x0), c.micro_batch)]
+                             for rows in data.micro_batches(len(batch.x0), c.micro_batch)]
                 totals = dro.totals(losses - torch.cat(reference), batch.labels % c.classes)
             average([totals])
             dro.update(WORLD * totals)
@@ -548,101 +550,6 @@ def show_progress(name, c, p, loss):
     memory = f"  {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB" if c.device.startswith("cuda") else ""
     data.progress(f"{name}: step {p['step']}/{c.steps}  loss {loss:.4f}  {milliseconds:.3g} ms/step{memory}  "
                   f"{left // 60}:{left % 60:02d} left", last=p["step"] == c.steps)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Evaluation: the same noise for every run and step, unguided and guided; metrics by name and a picture.
-
-class Evaluate:
-    """evaluate(denoiser, ema, guide_path, p) -> records of the EMA network, one unguided and, with a guide,
-    one guided; draws samples.png."""
-
-    def __init__(self, c, dataset, out, held_out=None):
-        self.c, self.dataset, self.out, self.held_out = c, dataset, out, held_out
-        self.main, self.guide, self.guide_costs = None, None, (0.0, 0)  # of a guide that p does not count
-        if c.kind == "tree":
-            self.noise = torch.randn(c.eval_samples, 2, generator=data.stream(0, 0, "eval"))
-            self.real = guide.heun(dataset.denoise, self.noise[:4096].to(c.device),
-                                   steps=c.sampling_steps, sigma_max=c.sigma_max)       # exact end points
-            features = "tree"
-        elif c.metrics == "none":
-            features = "none"
-        else:
-            self.net = fid.network(c.metrics, c.device)
-            self.real, _ = fid.data_features(self.net, dataset, "features of the data")
-            features = self.net.id
-            self.moments = fid.moments(self.real)
-            fid.warn_of_few(c.eval_samples, "--eval-samples")
-        self.how = dict(features=features, data=c.fingerprint[:8], samples=c.eval_samples,
-                        sampling_steps=c.sampling_steps)
-
-    def found(self, log, step, guidance):
-        """The records of such an evaluation in the log: with these features, samples and Heun steps."""
-        wanted = dict(self.how, step=step, kind="eval", guidance=guidance)
-        return [record for record in log if wanted.items() <= record.items()]
-
-    def show(self, log, step):
-        """Print the metrics of a step, unguided and guided."""
-        for w in dict.fromkeys((1.0, self.c.guidance)):
-            for record in self.found(log, step, w)[-1:]:
-                metrics = {key: value for key, value in record.items() if key not in fid.NOT_METRICS}
-                print(f"step {step}, {'unguided' if w == 1 else f'guidance {w:g}'}:  "
-                      + "  ".join(f"{key} {value:.4f}" for key, value in metrics.items()), flush=True)
-
-    def __call__(self, denoiser, ema, guide_path, p):
-        c, records, pictures = self.c, [], []
-        if self.main is None:                                   # compiled once for all evaluations
-            self.average = copy.deepcopy(denoiser).eval().requires_grad_(False)
-            self.main = model.accelerate(self.average, c.device, c.bf16, c.compile)
-        if self.guide is None and guide_path and c.guidance != 1:
-            self.guide = model.accelerate(load_matching(guide_path, c), c.device, c.bf16, c.compile)
-        ema.copy_to(self.average, c.ema[0])
-        for w in [1.0] + [c.guidance] * (self.guide is not None):
-            data.progress(f"evaluating, guidance {w:g}")
-            x, metrics = self.draw(guide.autoguided(self.main, self.guide, w))
-            if w == 1 and c.kind == "tree":
-                metrics["score_error"] = fid.score_error(self.main, self.dataset, **c.eval_levels)
-            if w == 1 and self.held_out is not None:
-                metrics["validation_loss"] = self.validation_loss()
-            seconds, examples = self.guide_costs if w != 1 else (0.0, 0)
-            records.append(dict(self.how, guidance=w, other_seconds=p["other_seconds"] + seconds,
-                                other_examples=p["other_examples"] + examples, **metrics))
-            pictures.append(data.density_picture(x) if c.kind == "tree" else
-                            data.image_grid(x[:80], min(c.classes or 10, 10)))
-        titles = ["unguided samples", f"guided samples, w = {c.guidance:g}"][:len(pictures)]
-        if c.kind == "tree":
-            pictures, titles = [data.density_picture(self.dataset), *pictures], ["exact density", *titles]
-        with data.writing(self.out / "samples.png") as file:
-            data.panels(pictures, titles).save(file, format="PNG")
-        return records
-
-    def draw(self, denoiser):
-        """Samples [n, ...] and their metrics."""
-        c, how = self.c, dict(steps=self.c.sampling_steps, sigma_max=self.c.sigma_max)
-        if c.kind == "tree":
-            x = torch.cat([guide.heun(denoiser, part.to(c.device), **how) for part in self.noise.split(2048)])
-            return x.cpu(), fid.tree_metrics(x, self.dataset, self.real)
-        labels = data.classes_in_turn(c.class_shares, torch.arange(c.eval_samples)) if c.net_classes else None
-        batch = min(c.micro_batch or c.batch, c.eval_samples)
-        x = torch.cat([data.decode(x, model_config(c)).cpu() for x in guide.generate(
-            denoiser, range(c.eval_samples), labels, batch, c.device, **how)])
-        if c.metrics == "none":
-            return x, {}
-        fake = fid.extract(self.net, x)
-        return x, fid.image_metrics(self.real, fake, self.net.id, c.device, self.moments)
-
-    @torch.no_grad()
-    def validation_loss(self):
-        """Mean denoising loss on held-out examples, at noise that is the same for every run of this batch."""
-        c, losses = self.c, []
-        batches = data.Batches(self.dataset, c.batch, 0, c.device, flip=c.flip, **c.eval_levels)
-        for step, index in enumerate(self.held_out.split(c.batch)):
-            padded = torch.cat([index, index[:1].expand(c.batch - len(index))])         # one shape
-            batch = batches.of(padded, step)
-            D_x = torch.cat([self.main(part.x, part.sigma, part.labels) for part in map(
-                batch.rows, micro_batches(c.batch, c.micro_batch))])
-            losses.append(model.per_example_loss(D_x, batch.x0, batch.sigma)[:len(index)])
-        return torch.cat(losses).mean().item()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -729,7 +636,7 @@ def main(argv=None):
     out = Path(c.out)
     with alone(out) if RANK == 0 else contextlib.nullcontext():
         pool, keep, held_out, seconds = choose_examples(c, dataset, out)
-        evaluate = Evaluate(c, dataset, out, held_out) if c.eval_samples and RANK == 0 else None
+        evaluate = fid.Evaluation(c, dataset, out, held_out) if c.eval_samples and RANK == 0 else None
         if RANK == 0:
             barrier()
 

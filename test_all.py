@@ -949,7 +949,8 @@ def test_the_whole_pipeline_on_images(tmp_path, capsys):
     _train(flags, "pixels", out=run)                            # all is there: nothing is done again
     again = capsys.readouterr()                                 # but its metrics are said
     assert "step 4/4" not in again.err and (run / "checkpoint.pt").read_bytes() == before
-    assert again.out.startswith(f"step 4, unguided:  FD(pixels) {unguided['FD(pixels)']:.4f}  precision")
+    line = f"step 4, unguided (10 samples):  FD(pixels) {unguided['FD(pixels)']:.4f}  precision"
+    assert again.out.startswith(line)
     for more in "none", "pixels --eval-samples 5", "pixels --guidance 2", "none":       # the last is there
         _train(flags, more, out=run)
         assert _load(run)["model_config"]["guidance"] == (2 if "2" in more else 1.6)    # for sample.py
@@ -1752,27 +1753,85 @@ def test_data_features_are_computed_once_per_data_and_network(tmp_path, monkeypa
     ("d.npz", "1 paths"), ("--compare", "0 paths"), ("--fit own.pt --compare d.npz", "not allowed"),
     ("--fit own.pt d.npz", "20 or more"), ("d.npz d.npz --features vgg", "features vgg"),
     ("absent d.npz", "absent"), ("d.npz d.npz", "--inception-weights"), ("--compare d.npz", "not a run"),
-    ("d.npz d.npz --epochs 3", "--epochs needs --fit"), ("--compare d.npz --out c.png", "c.png: the chart")])
+    ("d.npz d.npz --features pixels --inception-weights w.pth", "--inception-weights has no effect"),
+    ("one.npz d.npz --features pixels", "one.npz: only one image"),
+    ("--compare d.npz --out c.png", "c.png: the chart"), ("--compare --fit own.pt", "not allowed")])
 def test_what_does_not_fit_together_is_one_line(tmp_path, monkeypatch, capsys, argv, message):
     monkeypatch.setenv("FID_INCEPTION_WEIGHTS", "d.npz")        # which holds none
     monkeypatch.chdir(tmp_path)
     _images("d.npz", 15)
+    _images("one.npz", 1)
     status, out, err = _fid_run(capsys, *argv.split())
-    assert (status, out) == (2, "") and message in err.splitlines()[-1] and os.listdir() == ["d.npz"]
+    assert (status, out) == (2, "") and message in err.splitlines()[-1]
+    assert sorted(os.listdir()) == ["d.npz", "one.npz"]
+
+
+def test_one_image_cannot_be_scored_and_the_way_out_is_said(tmp_path, capsys):
+    path = _images(tmp_path / "one.npz", 1)
+    flags = f"{SMALL} --data {path} --guide none --eval-samples 4 --steps 2 --out {tmp_path}/run"
+    _one_line(capsys, train, flags, "one.npz", "--metrics none")
+    train.main(f"{flags} --metrics none".split())
+
+
+def test_paths_may_begin_with_a_tilde(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    _images("d.npz", 60)
+    flags = "--epochs 1 --width 2 --device cpu"
+    _, out, _ = _fid_run(capsys, "--fit", "~/own.pt", "~/d.npz", *flags.split())
+    assert "own.pt" in out and sorted(os.listdir()) == ["d.npz", "own.pt"]
+    assert fid.network("own:~/own.pt").id == fid.network("own:own.pt").id
+    _, out, _ = _fid_run(capsys, "~/d.npz", "~/d.npz", "--features", "own:~/own.pt")
+    assert out.startswith("FD(own)")
+    monkeypatch.setenv("FID_INCEPTION_WEIGHTS", "~/absent.pth")
+    with pytest.raises(data.DataError, match=f"^{tmp_path}/absent.pth: no such file"):
+        fid.network("inception")
+
+
+def test_help_needs_no_docstrings_and_begins_with_commands():
+    out = subprocess.check_output([sys.executable, "-OO", "fid.py", "--help"], cwd=HERE, text=True)
+    assert out.index("python fid.py data/cifar10") < out.index("positional arguments") < out.index("--device")
+
+
+def test_a_broken_download_of_inception_is_named_and_a_failed_one_leaves_no_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.delenv("FID_INCEPTION_WEIGHTS", raising=False)
+
+    def broken(url, path, hash_prefix, progress):
+        assert url.endswith(f"-{hash_prefix}.pth") and len(hash_prefix) == 8 and os.path.isdir(Path(path).parent)
+        raise OSError("no network")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", broken)
+    with pytest.raises(data.DataError, match="^https.*pth: not downloaded.*FID_INCEPTION_WEIGHTS.*no network"):
+        fid.network("inception")
+    file = tmp_path / "hub/checkpoints/pt_inception-2015-12-05-6726825d.pth"
+    assert not file.exists()
+    file.write_bytes(b"PK\3\4" + bytes(1000))                   # the beginning of an archive
+    with pytest.raises(data.DataError, match=f"^{file}: not the FID .*delete this file"):
+        fid.network("inception")
 
 
 # ------------------------------------------------------------------------------------------------------------
 # fid.py: metrics of the tree
 
-def test_hit_and_coverage_against_loops():
+def test_hit_coverage_and_reached_against_loops():
     tree, cells = types.SimpleNamespace(logp=lambda x: x[:, 0] - 2.12), {}      # hits are on the right
     points = torch.cat([0.12 * _fid_normal(0, 3000, 2).double(), torch.tensor([[1.6, 0.0], [0.1, -1.51]])])
-    for p in points[:-2]:                                       # the last two are hits outside of the grid
-        cell = tuple(((p + 1.5) // (3 / 101)).tolist())
-        cells[cell] = cells.get(cell, False) or bool(p[0] >= 0)
-    hit, share = np.mean([bool(p[0] >= 0) for p in points]), np.mean(list(cells.values()))
-    found = fid.tree_metrics(points, tree, points[:50] + torch.tensor([3.0, 4.0]))
-    assert found == pytest.approx(dict(hit=hit, coverage=share, l2=5))
+    for point in points[:-2]:                                   # the last two are hits outside of the grid
+        cell = tuple(((point + 1.5) // (3 / 101)).tolist())
+        cells[cell] = cells.get(cell, False) or bool(point[0] >= 0)
+    hit, share = np.mean([bool(point[0] >= 0) for point in points]), np.mean(list(cells.values()))
+    metrics = fid.tree_metrics(points, tree, points[:50] + torch.tensor([3.0, 4.0]), exact_cells=1000)
+    reached = sum(cells.values()) / 1000
+    assert metrics == pytest.approx(dict(hit=hit, coverage=share, reached=reached, l2=5))
+
+
+def test_a_collapsed_sampler_has_full_coverage_and_reaches_little():
+    exact = TREE.sample(4000, data.stream(3, 0, "test"))
+    good = exact[TREE.logp(exact).argmax()].expand(4000, 2)
+    metrics = [fid.tree_metrics(points, TREE, points[:1]) for points in (exact, good)]
+    assert metrics[1]["coverage"] == 1 and metrics[1]["reached"] < 0.01
+    assert metrics[0]["coverage"] < 1 and abs(metrics[0]["reached"] - 1) < 0.1
+    assert fid.exact_hit_cells(TREE, 400) < fid.exact_hit_cells(TREE, 4000) == fid.exact_hit_cells(TREE, 4000)
 
 
 def test_score_error_is_zero_for_the_exact_denoiser_and_the_closed_form_for_a_biased_one():

@@ -1,7 +1,8 @@
 """Metrics of samples, the evaluation of a training run, and the comparison of runs.
 
 Fréchet Inception distance: https://arxiv.org/abs/1706.08500. Improved precision and recall:
-https://arxiv.org/abs/1904.06991. Images are always scored as uint8. Two image sets, or training runs:
+https://arxiv.org/abs/1904.06991. Images are always scored as uint8. The feature networks and the chart stand
+at the end of the file. To score two image sets, or to compare training runs:
 
     python fid.py REAL FAKE --features inception
     python fid.py --compare runs/uniform-s0 runs/uniform-s1 runs/ajest-s0 runs/ajest-s1
@@ -36,7 +37,7 @@ BIASED_BELOW = 2048                             # images; with fewer the Fréche
 def moments(features):
     """(mu float64 [d], sigma float64 [d, d]) of features [n, d]. Raises DataError for fewer than two."""
     if len(features) < 2:
-        raise data.DataError("a Fréchet distance needs 2 or more images on each side, this is only one")
+        raise data.DataError("only one example: a Fréchet distance needs 2 or more on each side")
     x = features.double()
     return x.mean(0), torch.atleast_2d(torch.cov(x.T))
 
@@ -300,7 +301,7 @@ class Evaluation:
             self.exact_cells = exact_hit_cells(dataset, c.eval_samples)
         elif c.metrics != "none":
             if len(dataset) < 2:
-                raise data.DataError(f"{c.data}: only one image, and a Fréchet distance needs 2 or more: "
+                raise data.DataError(f"{c.data}: only one example, and a Fréchet distance needs 2 or more: "
                                      "give --metrics none")
             self.net = network(c.metrics, c.device)
             features = self.net.id
@@ -311,27 +312,30 @@ class Evaluation:
                              sampling_steps=c.sampling_steps)
 
     def records(self, log, step, guidance):
-        """The records in the log of this step and weight that were taken by this protocol."""
+        """The log's evaluations of this step at this weight of guidance that were taken by this protocol."""
         wanted = dict(self.protocol, step=step, kind="eval", guidance=guidance)
         return [record for record in log if wanted.items() <= record.items()]
 
     def is_logged(self, log, step, guidance):
-        """Whether the log has this step's evaluation up to this weight of guidance (1 = no guide)."""
+        """Whether the log has this step's evaluation at this weight of guidance (1 = unguided)."""
         return bool(self.records(log, step, guidance))
 
     def print_metrics(self, log, step, guidance):
-        """Print a line of unguided metrics and, where the weight is not 1, one of guided metrics."""
+        """Print the metrics of a step, unguided and, if `guidance` is not 1, guided."""
         for w in dict.fromkeys((1.0, guidance)):
-            for record in self.records(log, step, w)[-1:]:
-                metrics = [f"{name} {value:.4f}" for name, value in record.items() if name not in NOT_METRICS]
-                way = "unguided" if w == 1 else f"guidance {w:g}"
-                if metrics:
-                    print(f"step {step}, {way} ({record['samples']:,} samples):  {'  '.join(metrics)}",
-                          flush=True)
+            records = self.records(log, step, w)
+            if not records:
+                continue
+            record = records[-1]
+            metrics = [f"{name} {value:.4f}" for name, value in record.items() if name not in NOT_METRICS]
+            way = "unguided" if w == 1 else f"guidance {w:g}"
+            if metrics:
+                count = record["samples"]
+                print(f"step {step}, {way} ({count:,} samples):  {'  '.join(metrics)}", flush=True)
 
     def __call__(self, denoiser, guide_denoiser, progress):
         c = self.c
-        main = self.accelerate(denoiser)
+        learner = self.accelerate(denoiser)
         weak = None
         weights = [1.0]
         if guide_denoiser is not None and c.guidance != 1:
@@ -340,10 +344,10 @@ class Evaluation:
         records = []
         samples = []
         for w in weights:
-            x, metrics = self.draw(guide.autoguided(main, weak, w), f"evaluating, guidance {w:g}")
+            x, metrics = self.draw(guide.autoguided(learner, weak, w), f"evaluating, guidance {w:g}")
             record = dict(progress, kind="eval") | self.protocol | dict(guidance=w)
             if w == 1:
-                metrics |= self.losses(main)
+                metrics |= self.losses(learner)
             else:
                 seconds, examples = self.guide_costs
                 record["other_seconds"] += seconds
@@ -421,7 +425,9 @@ class Evaluation:
     def draw_samples(self, samples):
         """samples.png: unguided and guided samples side by side, on the tree beside the exact density."""
         c = self.c
-        titles = ["unguided samples", f"guided samples, w = {c.guidance:g}"][:len(samples)]
+        titles = ["unguided samples"]
+        if len(samples) > 1:
+            titles.append(f"guided samples, w = {c.guidance:g}")
         if c.kind == "tree":
             titles.insert(0, "exact density")
             pictures = [data.density_picture(density) for density in (self.dataset, *samples)]
@@ -519,22 +525,23 @@ def table(arms, columns, axis):
     its own curves ends; the row "read at" says where that is."""
     names = [column.metric for column in columns]
     protocols = {column.protocol for column in columns}
-    heading = f"At equal {AXES[axis]}.\nEach column is read where the shortest of its runs ends:"
+    heading = f"At equal {AXES[axis]}."
     if len(protocols) == 1:                                     # say it once, not in every column
-        heading += f"\n({columns[0].protocol})"
+        heading += f"\nAll metrics are from {columns[0].protocol}."
     else:
         names = [f"{column.metric} ({column.protocol})" for column in columns]
-    rule = ["---" for _ in ("arm", "runs", *names)]
-    rows = [["arm", "runs", *names], rule, ["read at", ""]]
-    for arm, runs in arms.items():
-        rows.append([arm, str(len(runs))])
+    heading += "\nEach column is read where the shortest of its runs ends:"
     every_run = [run for runs in arms.values() for run in runs]
-    for column in columns:
+    counts = [str(len(runs)) for runs in arms.values()]
+    cells_by_column = [["arm", "---", "read at", *arms], ["runs", "---", "", *counts]]
+    for column, name in zip(columns, names):
         x = min(run[column][axis][0, -1] for run in every_run if column in run)
-        rows[2].append(_number(x))
-        for row, runs in zip(rows[3:], arms.values()):
-            row.append(_mean_at(x, [run[column][axis] for run in runs if column in run]))
-    lines = [f"| {' | '.join(row)} |" for row in rows]
+        cells = [name, "---", _number(x)]
+        for runs in arms.values():
+            curves = [run[column][axis] for run in runs if column in run]
+            cells.append(_mean_at(x, curves))
+        cells_by_column.append(cells)
+    lines = [f"| {' | '.join(row)} |" for row in zip(*cells_by_column)]
     return heading + "\n\n" + "\n".join(lines)
 
 

@@ -871,8 +871,8 @@ def test_unlabelled_images_train_with_selection_and_validate_each_example_once()
     expected = 8 * (dataset.x[held_out] / 127.5 - 1).square().mean().item()
     loss = evaluation.validation_loss(lambda x, sigma, labels: 0 * x)
     assert loss == pytest.approx(expected, rel=1e-4) and len(held_out) == 9
-    found = _records(run, "eval")[0]["validation_loss"]
-    assert 0 < found < 0.9 * expected and model.load_denoiser(run).classes == 2     # one is mirrored
+    logged = _records(run, "eval")[0]["validation_loss"]
+    assert 0 < logged < 0.9 * expected and model.load_denoiser(run).classes == 2     # one is mirrored
 
 
 def test_l2_is_taken_at_the_noise_level_and_steps_of_the_run(tmp_path):
@@ -954,8 +954,8 @@ def test_the_whole_pipeline_on_images(tmp_path, capsys):
     for more in "none", "pixels --eval-samples 5", "pixels --guidance 2", "none":       # the last is there
         _train(flags, more, out=run)
         assert _load(run)["model_config"]["guidance"] == (2 if "2" in more else 1.6)    # for sample.py
-    found = [(r["features"], r["samples"], r["guidance"]) for r in _records(run, "eval")[2:]]
-    assert found == [("none", 10, 1), ("none", 10, 1.6), ("pixels", 5, 1), ("pixels", 5, 1.6),
+    taken = [(r["features"], r["samples"], r["guidance"]) for r in _records(run, "eval")[2:]]
+    assert taken == [("none", 10, 1), ("none", 10, 1.6), ("pixels", 5, 1), ("pixels", 5, 1.6),
                      ("pixels", 10, 1), ("pixels", 10, 2)]
     images = _sample(run, "--n", 5, out=tmp_path / "s.npz")
     assert images["images"].shape == (5, 3, 8, 8) and images["labels"].tolist() == [0, 1, 2, 0, 1]
@@ -1556,7 +1556,8 @@ def _fid_normal(seed, *shape):
 def _fid_naive_frechet(a, b):
     """tr sqrt(S_a S_b) is the nuclear norm of A B^T, the centered features over sqrt(n - 1), of any rank."""
     a, b = a.double(), b.double()
-    A, B = ((f - f.mean(0)) / (len(f) - 1) ** 0.5 for f in (a, b))
+    A = (a - a.mean(0)) / (len(a) - 1) ** 0.5
+    B = (b - b.mean(0)) / (len(b) - 1) ** 0.5
     traces = A.square().sum() + B.square().sum() - 2 * torch.linalg.svdvals(A @ B.T).sum()
     return ((a.mean(0) - b.mean(0)).square().sum() + traces).item()
 
@@ -1564,26 +1565,28 @@ def _fid_naive_frechet(a, b):
 @pytest.mark.parametrize("n, m, d, offset", [(300, 200, 24, 0), (300, 200, 24, 1e3), (30, 25, 96, 0)])
 def test_frechet_of_features_is_the_formula_by_singular_values(n, m, d, offset):
     a, b = offset + _fid_normal(0, n, d), offset + 0.3 + 1.5 * _fid_normal(1, m, d) @ _fid_normal(2, d, d)
-    got, same = (fid.image_metrics(a, other, "inception")["FID"] for other in (b, a))
-    assert got == pytest.approx(_fid_naive_frechet(a, b), rel=1e-6) and abs(same) < 1e-3
+    different = fid.image_metrics(a, b, "inception")["FID"]
+    same = fid.image_metrics(a, a, "inception")["FID"]
+    assert different == pytest.approx(_fid_naive_frechet(a, b), rel=1e-6) and abs(same) < 1e-3
 
 
 def test_image_metrics_take_given_moments_and_leave_out_what_three_features_cannot_tell():
     x, nothing = torch.arange(9.0)[:, None], (torch.zeros(1), torch.zeros(1, 1))
-    found = fid.image_metrics(x[:3], x, "own:1a", real_moments=nothing)
-    assert found == {"FD(own)": pytest.approx(4 ** 2 + 7.5)}    # squared mean and variance of 0 ... 8
+    metrics = fid.image_metrics(x[:3], x, "own:1a", real_moments=nothing)
+    assert metrics == {"FD(own)": pytest.approx(4 ** 2 + 7.5)}    # squared mean and variance of 0 ... 8
 
 
 def test_precision_and_recall_of_many_are_those_of_a_fair_part():
     classes = torch.stack([torch.arange(600) // 200, torch.arange(600) % 3])    # one by one; in turn
     real, fake = 9 * classes[..., None] + _fid_normal(0, 2, 600, 1)
-    found = fid.image_metrics(real, fake, "own:1a", most=200)
-    assert found["precision"] > 0.9 and found["recall"] > 0.9
+    metrics = fid.image_metrics(real, fake, "own:1a", most=200)
+    assert metrics["precision"] > 0.9 and metrics["recall"] > 0.9
 
 
 def _fid_naive_share(points, centres, k=3):
     radius = [sorted((c - other).norm() for other in centres)[k] for c in centres]      # 0 is c itself
-    return np.mean([any((p - c).norm() <= r for c, r in zip(centres, radius)) for p in points])
+    inside = [any((point - c).norm() <= r for c, r in zip(centres, radius)) for point in points]
+    return np.mean(inside)
 
 
 def test_precision_recall_equals_the_naive_version():
@@ -1608,15 +1611,19 @@ FID_POOLS = {"halve": lambda x: F.max_pool2d(x, 3, 2), "max": lambda x: F.max_po
 
 def _fid_naive_line(state, x, block, names):
     """A line of convolutions and pools of x [n, C, H, W] in float64, batch norms unfolded."""
-    parts = "conv.weight", "bn.running_mean", "bn.running_var", "bn.weight", "bn.bias"
     for name in names.split():
         if name in FID_POOLS:
             x = FID_POOLS[name](x)
-        else:
-            weight, *norm = (state[f"{block}{name.strip('/-')}.{part}"].double() for part in parts)
-            padding = [0 if name[-1] in "/-" else size // 2 for size in weight.shape[2:]]
-            x = F.conv2d(x, weight, None, 2 if name[-1] == "/" else 1, padding)
-            x = F.relu(F.batch_norm(x, *norm, eps=0.001))
+            continue
+        layer = f"{block}{name.strip('/-')}"
+        weight = state[f"{layer}.conv.weight"].double()
+        norm = {}
+        for key in "running_mean", "running_var", "weight", "bias":
+            norm[key] = state[f"{layer}.bn.{key}"].double()
+        padding = [0 if name[-1] in "/-" else size // 2 for size in weight.shape[2:]]
+        stride = 2 if name[-1] == "/" else 1
+        x = F.conv2d(x, weight, None, stride, padding)
+        x = F.relu(F.batch_norm(x, **norm, eps=0.001))
     return x
 
 
@@ -1668,7 +1675,8 @@ def _fid_run(capsys, *argv):
 
 def test_fit_learns_and_its_file_is_read_back(tmp_path, capsys):
     path, files = _images(tmp_path / "d.npz", 400), [tmp_path / f"{i}.pt" for i in range(3)]
-    flags, dataset = [path, "--epochs", 12, "--width", 4, "--device", "cpu", "--seed"], data.load(path)
+    flags = [path, "--epochs", 12, "--width", 4, "--device", "cpu", "--seed"]
+    dataset = data.load(path)
     printed = [_fid_run(capsys, "--fit", file, *flags, i // 2)[1] for i, file in enumerate(files)]
     nets = [fid.network(f"own:{file}") for file in files]
     right = [(net.logits(dataset.x).argmax(1) == dataset.labels).float().mean() for net in nets]
@@ -1714,7 +1722,8 @@ def test_extract_pads_and_pixels_are_area_averages_also_of_latents(capsys):
 
 def test_score_equals_a_direct_computation_warns_of_few_and_refuses_two_sizes(tmp_path, capsys):
     paths = _images(tmp_path / "real.npz", 60, 16), _images(tmp_path / "fake.npz", 45, 12)
-    a, b = (fid.Pixels()(data.load(path, 8).x) for path in paths)
+    a = fid.Pixels()(data.load(paths[0], 8).x)
+    b = fid.Pixels()(data.load(paths[1], 8).x)
     fid.warn_of_few(2048, "real")                               # these are enough
     _, out, err = _fid_run(capsys, *paths, "--features", "pixels", "--size", 8)
     precision, recall = _fid_naive_share(b, a), _fid_naive_share(a, b)
@@ -1726,7 +1735,8 @@ def test_score_equals_a_direct_computation_warns_of_few_and_refuses_two_sizes(tm
 
 
 def test_statistics_files(tmp_path, capsys):
-    paths, both = [tmp_path / f"{c}.npz" for c in "abc"], [_fid_normal(0, 50, 6), 2 + _fid_normal(1, 40, 6)]
+    paths = [tmp_path / f"{c}.npz" for c in "abc"]
+    both = [_fid_normal(0, 50, 6), 2 + _fid_normal(1, 40, 6)]
     for path, f in zip(paths, both + [both[0] * np.nan]):       # as pytorch-fid writes them
         np.savez(path, mu=f.mean(0), sigma=np.cov(f, rowvar=False))
     out = _fid_run(capsys, *paths[:2])[1].split()
@@ -1798,10 +1808,10 @@ def test_a_broken_download_of_inception_is_named_and_a_failed_one_leaves_no_file
     monkeypatch.delenv("FID_INCEPTION_WEIGHTS", raising=False)
 
     def broken(url, path, hash_prefix, progress):
-        assert url.endswith(f"-{hash_prefix}.pth") and len(hash_prefix) == 8 and os.path.isdir(Path(path).parent)
+        assert url.endswith(f"-{hash_prefix}.pth") and len(hash_prefix) == 8 and Path(path).parent.is_dir()
         raise OSError("no network")
     monkeypatch.setattr(torch.hub, "download_url_to_file", broken)
-    with pytest.raises(data.DataError, match="^https.*pth: not downloaded.*FID_INCEPTION_WEIGHTS.*no network"):
+    with pytest.raises(data.DataError, match="^https.*: not downloaded.*FID_INCEPTION_WEIGHTS.*no network"):
         fid.network("inception")
     file = tmp_path / "hub/checkpoints/pt_inception-2015-12-05-6726825d.pth"
     assert not file.exists()
@@ -1814,12 +1824,14 @@ def test_a_broken_download_of_inception_is_named_and_a_failed_one_leaves_no_file
 # fid.py: metrics of the tree
 
 def test_hit_coverage_and_reached_against_loops():
-    tree, cells = types.SimpleNamespace(logp=lambda x: x[:, 0] - 2.12), {}      # hits are on the right
+    tree = types.SimpleNamespace(logp=lambda x: x[:, 0] - 2.12)                 # hits are on the right
+    cells = {}
     points = torch.cat([0.12 * _fid_normal(0, 3000, 2).double(), torch.tensor([[1.6, 0.0], [0.1, -1.51]])])
     for point in points[:-2]:                                   # the last two are hits outside of the grid
         cell = tuple(((point + 1.5) // (3 / 101)).tolist())
         cells[cell] = cells.get(cell, False) or bool(point[0] >= 0)
-    hit, share = np.mean([bool(point[0] >= 0) for point in points]), np.mean(list(cells.values()))
+    hit = np.mean([bool(point[0] >= 0) for point in points])
+    share = np.mean(list(cells.values()))
     metrics = fid.tree_metrics(points, tree, points[:50] + torch.tensor([3.0, 4.0]), exact_cells=1000)
     reached = sum(cells.values()) / 1000
     assert metrics == pytest.approx(dict(hit=hit, coverage=share, reached=reached, l2=5))
@@ -1844,13 +1856,15 @@ def test_score_error_is_zero_for_the_exact_denoiser_and_the_closed_form_for_a_bi
 # ------------------------------------------------------------------------------------------------------------
 # fid.py: comparing runs
 
-def _fid_log(folder, *points, **how):
+def _fid_log(folder, *points, **changes):
     """A run folder with an evaluation at each (step, distance): 10 examples and 0.1 seconds a step."""
-    how = dict(kind="eval", step=1, other_seconds=0.0, other_examples=0, guidance=1.0, samples=64,
-               sampling_steps=4, features="pixels", data="1a") | how
-    records = [how | {"seconds": s / 10, "examples_trained": 10 * s, "FD(pixels)": y} for s, y in points]
+    record = dict(kind="eval", step=1, other_seconds=0.0, other_examples=0, guidance=1.0, samples=64,
+                  sampling_steps=4, features="pixels", data="1a") | changes
+    records = [{"kind": "train", "loss": 1}]
+    for step, y in points:
+        records.append(record | {"seconds": step / 10, "examples_trained": 10 * step, "FD(pixels)": y})
     folder.mkdir()
-    (folder / "log.jsonl").write_text("\n".join(map(json.dumps, [{"kind": "train", "loss": 1}, *records])))
+    (folder / "log.jsonl").write_text("\n".join(map(json.dumps, records)))
     return folder
 
 
@@ -1865,8 +1879,8 @@ def test_compare_interpolates_counts_guides_averages_seeds_and_draws_each_arm(tm
     _, out, _ = _fid_run(capsys, "--compare", *runs, "--out", tmp_path / "c.svg")
     rows = _fid_rows(out)
     assert rows[0] == rows[6] == ["arm", "runs", "FD(pixels)", "other_examples"]
-    assert out.count("(pixels, 64 samples, 4 steps, data 1a)") == 2
-    assert [rows[2], rows[8]] == [["read at", "", x, x] for x in ("250", "3")]  # the least of the last evaluations
+    assert out.count("are from pixels, 64 samples, 4 steps, data 1a.") == 2
+    assert [rows[2], rows[8]] == [["read at", "", x, x] for x in ("250", "3")]  # where the first run ends
     assert [rows[3], rows[9]] == [["a", "2", "3 ± 0.71", "0 ± 0"], ["a", "2", "4 ± 1.4", "0 ± 0"]]
     assert [rows[4], rows[10]] == [["late", "1", *2 * [f"from {x} on"]] for x in (400, 4)]
     assert [rows[5], rows[11]] == [["<b&>", "1", y, "50"] for y in "12"]

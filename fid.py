@@ -378,7 +378,7 @@ class Evaluation:
             return x.cpu(), tree_metrics(x, self.dataset, self.endpoints, self.exact_cells)
         if c.metrics == "none":
             return x, {}
-        fake = extract(self.net, x)
+        fake = extract(self.net, x, f"{label}, features")
         return x, image_metrics(self.real, fake, self.net.id, c.device, self.real_moments)
 
     def sample_batches(self, denoiser):
@@ -625,19 +625,20 @@ def main(argv=None):
         raise data.DataError(f"--out {args.out}: the chart is an .svg")
     if args.compare:
         if not args.paths:
-            raise data.DataError("0 paths given: --compare takes one or more run folders")
+            raise data.DataError("--compare needs one or more run folders")
         data.output(args.out)
         print(compare(args.paths, args.out, args.metric))
     elif args.fit:
         if len(args.paths) != 1:
-            raise data.DataError(f"{len(args.paths)} paths given: --fit takes one data set")
+            raise data.DataError(f"--fit needs one data set, not {len(args.paths)}")
         data.output(args.fit)
         dataset = data.load(args.paths[0], args.size)
         accuracy = fit(args.fit, dataset, args.epochs, args.width, args.device, args.seed)
         print(f"{args.fit}: held-out accuracy {accuracy:.4f}, use it with --features own:{args.fit}")
     else:
         if len(args.paths) != 2:
-            raise data.DataError(f"{len(args.paths)} paths given: give REAL and FAKE, or --fit or --compare")
+            raise data.DataError(f"two paths are needed, REAL and FAKE, not {len(args.paths)} "
+                                 "(or give --fit or --compare)")
         if args.inception_weights and args.features != "inception":
             raise data.DataError(f"--inception-weights has no effect with --features {args.features}")
         print(score(args))
@@ -654,10 +655,10 @@ def score(args):
             dataset = load_images(path, args.size)
         published.append(mu_sigma)
         datasets.append(dataset)
-    if None in datasets:
-        metrics, net_id = score_statistics(args, published, datasets)
-    else:
+    if published[0] is None and published[1] is None:
         metrics, net_id = score_images(args, *datasets)
+    else:
+        metrics, net_id = score_statistics(args, published, datasets)
     values = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
     counts = []
     for side, dataset in zip(("real", "fake"), datasets):
@@ -1066,7 +1067,7 @@ def chart(path, title, x_name, lines):
     with data.writing(path) as file:
         file.write(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 860 {max(400, legend)}" '
                    'font-family="sans-serif" font-size="13"><rect width="100%" height="100%" fill="white"/>'
-                   f'{"".join(shapes)}</svg>'.encode())
+                   f'{"".join(shapes)}</svg>'.encode(errors="replace"))
 
 
 def _limits(arrays):

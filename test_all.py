@@ -1674,7 +1674,8 @@ def _fid_run(capsys, *argv):
 
 
 def test_fit_learns_and_its_file_is_read_back(tmp_path, capsys):
-    path, files = _images(tmp_path / "d.npz", 400), [tmp_path / f"{i}.pt" for i in range(3)]
+    path = _images(tmp_path / "d.npz", 400)
+    files = [tmp_path / f"{i}.pt" for i in range(3)]
     flags = [path, "--epochs", 12, "--width", 4, "--device", "cpu", "--seed"]
     dataset = data.load(path)
     printed = [_fid_run(capsys, "--fit", file, *flags, i // 2)[1] for i, file in enumerate(files)]
@@ -1760,12 +1761,13 @@ def test_data_features_are_computed_once_per_data_and_network(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("argv, message", [
-    ("d.npz", "1 paths"), ("--compare", "0 paths"), ("--fit own.pt --compare d.npz", "not allowed"),
+    ("d.npz", "REAL and FAKE, not 1"), ("--compare", "needs one or more run folders"),
+    ("--fit own.pt --compare d.npz", "not allowed"), ("--fit own.pt d.npz one.npz", "one data set, not 2"),
     ("--fit own.pt d.npz", "20 or more"), ("d.npz d.npz --features vgg", "features vgg"),
     ("absent d.npz", "absent"), ("d.npz d.npz", "--inception-weights"), ("--compare d.npz", "not a run"),
     ("d.npz d.npz --features pixels --inception-weights w.pth", "--inception-weights has no effect"),
     ("one.npz d.npz --features pixels", "one.npz: only one image"),
-    ("--compare d.npz --out c.png", "c.png: the chart"), ("--compare --fit own.pt", "not allowed")])
+    ("--compare d.npz --out c.png", "c.png: the chart")])
 def test_what_does_not_fit_together_is_one_line(tmp_path, monkeypatch, capsys, argv, message):
     monkeypatch.setenv("FID_INCEPTION_WEIGHTS", "d.npz")        # which holds none
     monkeypatch.chdir(tmp_path)

@@ -798,7 +798,7 @@ def test_resuming_is_bit_identical(tmp_path, monkeypatch, flags, device):
 def test_a_stop_in_an_evaluation_leaves_the_last_step(tmp_path, monkeypatch, capsys):
     flags, run = f"{TINY} --eval-samples 8 --eval-every 20", tmp_path / "run"
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
-        patch.setattr(train.Evaluate, "draw", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr(fid.Evaluation, "draw", lambda *_: os.kill(os.getpid(), signal.SIGINT))
         data.command(lambda: _train(flags, out=run))
     assert "the same command" in capsys.readouterr().err and _load(run)["progress"]["step"] == 20
     _train(flags, out=run)
@@ -1093,20 +1093,73 @@ def test_unlabelled_images_train_with_selection_and_validate_each_example_once()
     dataset, c = data.load(_folder() / "plain.npz"), _settings(flags)
     c.eval_levels = dict(P_mean=math.log(0.5), P_std=1e-9)
     held_out = train.choose_examples(c, dataset, run)[2]
-    evaluate = train.Evaluate(c, dataset, run, held_out)
-    evaluate.main = lambda x, sigma, labels: 0 * x
+    evaluation = fid.Evaluation(c, dataset, run, held_out)
     expected = 8 * (dataset.x[held_out] / 127.5 - 1).square().mean().item()
-    assert evaluate.validation_loss() == pytest.approx(expected, rel=1e-4) and len(held_out) == 9
-    found = _records(run, "eval")[0]["validation_loss"]
-    assert 0 < found < 0.9 * expected and model.load_denoiser(run).classes == 2     # one is mirrored
+    loss = evaluation.validation_loss(lambda x, sigma, labels: 0 * x)
+    assert loss == pytest.approx(expected, rel=1e-4) and len(held_out) == 9
+    logged = _records(run, "eval")[0]["validation_loss"]
+    assert 0 < logged < 0.9 * expected and model.load_denoiser(run).classes == 2     # one is mirrored
 
 
 def test_l2_is_taken_at_the_noise_level_and_steps_of_the_run(tmp_path):
     for flags in "--sigma-max 2 --sampling-steps 7", "--sigma-max 5 --sampling-steps 3", "":
-        evaluate = train.Evaluate(_settings(flags, "--eval-samples 64"), TREE, tmp_path)
-        found = evaluate.draw(TREE.denoise)[1]
-        assert found["l2"] < 1e-5 and (flags or found["hit"] > 0.95)
-        assert evaluate.draw(lambda x, *_: TREE.denoise(x, 1.0))[1]["l2"] > 0.01
+        evaluation = fid.Evaluation(_settings(flags, "--eval-samples 64"), TREE, tmp_path)
+        _, metrics = evaluation.draw(TREE.denoise)
+        assert metrics["l2"] < 1e-5 and (flags or metrics["hit"] > 0.95)
+        _, metrics = evaluation.draw(lambda x, *_: TREE.denoise(x, 1.0))
+        assert metrics["l2"] > 0.01
+
+
+def test_an_evaluation_accelerates_a_network_once_and_shows_how_far_it_is(tmp_path, monkeypatch):
+    texts, accelerated = [], []
+    accelerate = model.accelerate
+
+    def counted(function, *args):
+        accelerated.append(function)
+        return accelerate(function, *args)
+    monkeypatch.setattr(model, "accelerate", counted)
+    monkeypatch.setattr(data, "progress", lambda text, last=False: texts.append((text, last)))
+    c = _settings("--eval-samples 5000 --sampling-steps 1 --guidance 2")
+    networks = [_denoiser(c), _denoiser(c)]
+    evaluation = fid.Evaluation(c, TREE, tmp_path)
+    evaluation.guide_costs = (3.0, 7)
+    for step in 1, 2:
+        progress = dict(step=step, other_seconds=1.0, other_examples=2)
+        unguided, guided = evaluation(*networks, progress)
+        assert [unguided["other_seconds"], unguided["other_examples"]] == [1, 2]
+        assert [guided["other_seconds"], guided["other_examples"]] == [4, 9]
+        log = [unguided, guided]
+        assert evaluation.is_logged(log, step, 2.0) and not evaluation.is_logged(log, step, 3.0)
+        assert not evaluation.is_logged([unguided], step, 2.0) and not evaluation.is_logged(log, 3, 2.0)
+    assert accelerated == networks
+    wanted = []
+    for w in 1, 2:
+        for drawn in "2,048", "4,096", "5,000":                 # in batches of 2,048 points
+            wanted.append((f"evaluating, guidance {w}: {drawn}/5,000 samples", drawn == "5,000"))
+    assert texts == wanted + wanted
+
+
+def test_validation_noise_is_the_same_in_every_run_and_no_training_step_s(tmp_path):
+    c = _settings(f"{SMALL} --data {_folder()}/plain.npz --batch 16 --eval-samples 4 --metrics none")
+    dataset, seen = data.load(_folder() / "plain.npz"), []
+
+    def denoiser(x, sigma, labels):
+        seen.append(sigma)
+        return x
+    for seed in 0, 1:
+        c.seed = seed
+        fid.Evaluation(c, dataset, tmp_path, torch.arange(20)).validation_loss(denoiser)
+    training = data.Batches(dataset, c.batch, 0, c.device, flip=c.flip, **c.eval_levels)
+    assert torch.equal(torch.cat(seen[:2]), torch.cat(seen[2:])) and len(seen) == 4
+    for step in 0, 1:
+        assert not torch.isin(seen[step], training[step].sigma).any()
+
+
+@pytest.mark.parametrize("flags, number", [("", 0), ("--holdout 6", 1)])
+def test_without_metrics_no_empty_line_is_printed(capsys, flags, number):
+    _train(SMALL, f"--data {_folder()}/d.npz --guide none --eval-samples 4 --metrics none", flags)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert len(lines) == number and all("validation_loss 0." in line for line in lines), lines
 
 
 def test_the_whole_pipeline_on_images(tmp_path, capsys):
@@ -1122,12 +1175,13 @@ def test_the_whole_pipeline_on_images(tmp_path, capsys):
     _train(flags, "pixels", out=run)                            # all is there: nothing is done again
     again = capsys.readouterr()                                 # but its metrics are said
     assert "step 4/4" not in again.err and (run / "checkpoint.pt").read_bytes() == before
-    assert again.out.startswith(f"step 4, unguided:  FD(pixels) {unguided['FD(pixels)']:.4f}  precision")
+    line = f"step 4, unguided (10 samples):  FD(pixels) {unguided['FD(pixels)']:.4f}  precision"
+    assert again.out.startswith(line)
     for more in "none", "pixels --eval-samples 5", "pixels --guidance 2", "none":       # the last is there
         _train(flags, more, out=run)
         assert _load(run)["model_config"]["guidance"] == (2 if "2" in more else 1.6)    # for sample.py
-    found = [(r["features"], r["samples"], r["guidance"]) for r in _records(run, "eval")[2:]]
-    assert found == [("none", 10, 1), ("none", 10, 1.6), ("pixels", 5, 1), ("pixels", 5, 1.6),
+    taken = [(r["features"], r["samples"], r["guidance"]) for r in _records(run, "eval")[2:]]
+    assert taken == [("none", 10, 1), ("none", 10, 1.6), ("pixels", 5, 1), ("pixels", 5, 1.6),
                      ("pixels", 10, 1), ("pixels", 10, 2)]
     images = _sample(run, "--n", 5, out=tmp_path / "s.npz")
     assert images["images"].shape == (5, 3, 8, 8) and images["labels"].tolist() == [0, 1, 2, 0, 1]
@@ -2065,7 +2119,8 @@ def _fid_normal(seed, *shape):
 def _fid_naive_frechet(a, b):
     """tr sqrt(S_a S_b) is the nuclear norm of A B^T, the centered features over sqrt(n - 1), of any rank."""
     a, b = a.double(), b.double()
-    A, B = ((f - f.mean(0)) / (len(f) - 1) ** 0.5 for f in (a, b))
+    A = (a - a.mean(0)) / (len(a) - 1) ** 0.5
+    B = (b - b.mean(0)) / (len(b) - 1) ** 0.5
     traces = A.square().sum() + B.square().sum() - 2 * torch.linalg.svdvals(A @ B.T).sum()
     return ((a.mean(0) - b.mean(0)).square().sum() + traces).item()
 
@@ -2073,26 +2128,28 @@ def _fid_naive_frechet(a, b):
 @pytest.mark.parametrize("n, m, d, offset", [(300, 200, 24, 0), (300, 200, 24, 1e3), (30, 25, 96, 0)])
 def test_frechet_of_features_is_the_formula_by_singular_values(n, m, d, offset):
     a, b = offset + _fid_normal(0, n, d), offset + 0.3 + 1.5 * _fid_normal(1, m, d) @ _fid_normal(2, d, d)
-    got, same = (fid.image_metrics(a, other, "inception")["FID"] for other in (b, a))
-    assert got == pytest.approx(_fid_naive_frechet(a, b), rel=1e-6) and abs(same) < 1e-3
+    different = fid.image_metrics(a, b, "inception")["FID"]
+    same = fid.image_metrics(a, a, "inception")["FID"]
+    assert different == pytest.approx(_fid_naive_frechet(a, b), rel=1e-6) and abs(same) < 1e-3
 
 
 def test_image_metrics_take_given_moments_and_leave_out_what_three_features_cannot_tell():
     x, nothing = torch.arange(9.0)[:, None], (torch.zeros(1), torch.zeros(1, 1))
-    found = fid.image_metrics(x[:3], x, "own:1a", real_moments=nothing)
-    assert found == {"FD(own)": pytest.approx(4 ** 2 + 7.5)}    # squared mean and variance of 0 ... 8
+    metrics = fid.image_metrics(x[:3], x, "own:1a", real_moments=nothing)
+    assert metrics == {"FD(own)": pytest.approx(4 ** 2 + 7.5)}    # squared mean and variance of 0 ... 8
 
 
 def test_precision_and_recall_of_many_are_those_of_a_fair_part():
     classes = torch.stack([torch.arange(600) // 200, torch.arange(600) % 3])    # one by one; in turn
     real, fake = 9 * classes[..., None] + _fid_normal(0, 2, 600, 1)
-    found = fid.image_metrics(real, fake, "own:1a", most=200)
-    assert found["precision"] > 0.9 and found["recall"] > 0.9
+    metrics = fid.image_metrics(real, fake, "own:1a", most=200)
+    assert metrics["precision"] > 0.9 and metrics["recall"] > 0.9
 
 
 def _fid_naive_share(points, centres, k=3):
     radius = [sorted((c - other).norm() for other in centres)[k] for c in centres]      # 0 is c itself
-    return np.mean([any((p - c).norm() <= r for c, r in zip(centres, radius)) for p in points])
+    inside = [any((point - c).norm() <= r for c, r in zip(centres, radius)) for point in points]
+    return np.mean(inside)
 
 
 def test_precision_recall_equals_the_naive_version():
@@ -2117,15 +2174,19 @@ FID_POOLS = {"halve": lambda x: F.max_pool2d(x, 3, 2), "max": lambda x: F.max_po
 
 def _fid_naive_line(state, x, block, names):
     """A line of convolutions and pools of x [n, C, H, W] in float64, batch norms unfolded."""
-    parts = "conv.weight", "bn.running_mean", "bn.running_var", "bn.weight", "bn.bias"
     for name in names.split():
         if name in FID_POOLS:
             x = FID_POOLS[name](x)
-        else:
-            weight, *norm = (state[f"{block}{name.strip('/-')}.{part}"].double() for part in parts)
-            padding = [0 if name[-1] in "/-" else size // 2 for size in weight.shape[2:]]
-            x = F.conv2d(x, weight, None, 2 if name[-1] == "/" else 1, padding)
-            x = F.relu(F.batch_norm(x, *norm, eps=0.001))
+            continue
+        layer = f"{block}{name.strip('/-')}"
+        weight = state[f"{layer}.conv.weight"].double()
+        norm = {}
+        for key in "running_mean", "running_var", "weight", "bias":
+            norm[key] = state[f"{layer}.bn.{key}"].double()
+        padding = [0 if name[-1] in "/-" else size // 2 for size in weight.shape[2:]]
+        stride = 2 if name[-1] == "/" else 1
+        x = F.conv2d(x, weight, None, stride, padding)
+        x = F.relu(F.batch_norm(x, **norm, eps=0.001))
     return x
 
 
@@ -2176,8 +2237,10 @@ def _fid_run(capsys, *argv):
 
 
 def test_fit_learns_and_its_file_is_read_back(tmp_path, capsys):
-    path, files = _images(tmp_path / "d.npz", 400), [tmp_path / f"{i}.pt" for i in range(3)]
-    flags, dataset = [path, "--epochs", 12, "--width", 4, "--device", "cpu", "--seed"], data.load(path)
+    path = _images(tmp_path / "d.npz", 400)
+    files = [tmp_path / f"{i}.pt" for i in range(3)]
+    flags = [path, "--epochs", 12, "--width", 4, "--device", "cpu", "--seed"]
+    dataset = data.load(path)
     printed = [_fid_run(capsys, "--fit", file, *flags, i // 2)[1] for i, file in enumerate(files)]
     nets = [fid.network(f"own:{file}") for file in files]
     right = [(net.logits(dataset.x).argmax(1) == dataset.labels).float().mean() for net in nets]
@@ -2223,7 +2286,8 @@ def test_extract_pads_and_pixels_are_area_averages_also_of_latents(capsys):
 
 def test_score_equals_a_direct_computation_warns_of_few_and_refuses_two_sizes(tmp_path, capsys):
     paths = _images(tmp_path / "real.npz", 60, 16), _images(tmp_path / "fake.npz", 45, 12)
-    a, b = (fid.Pixels()(data.load(path, 8).x) for path in paths)
+    a = fid.Pixels()(data.load(paths[0], 8).x)
+    b = fid.Pixels()(data.load(paths[1], 8).x)
     fid.warn_of_few(2048, "real")                               # these are enough
     _, out, err = _fid_run(capsys, *paths, "--features", "pixels", "--size", 8)
     precision, recall = _fid_naive_share(b, a), _fid_naive_share(a, b)
@@ -2235,7 +2299,8 @@ def test_score_equals_a_direct_computation_warns_of_few_and_refuses_two_sizes(tm
 
 
 def test_statistics_files(tmp_path, capsys):
-    paths, both = [tmp_path / f"{c}.npz" for c in "abc"], [_fid_normal(0, 50, 6), 2 + _fid_normal(1, 40, 6)]
+    paths = [tmp_path / f"{c}.npz" for c in "abc"]
+    both = [_fid_normal(0, 50, 6), 2 + _fid_normal(1, 40, 6)]
     for path, f in zip(paths, both + [both[0] * np.nan]):       # as pytorch-fid writes them
         np.savez(path, mu=f.mean(0), sigma=np.cov(f, rowvar=False))
     out = _fid_run(capsys, *paths[:2])[1].split()
@@ -2248,37 +2313,102 @@ def test_data_features_are_computed_once_per_data_and_network(tmp_path, monkeypa
     _fid_classifier(tmp_path / "own.pt")
     nets = [fid.network(name) for name in ("pixels", f"own:{tmp_path / 'own.pt'}")]
     sets = [data.load(_images(tmp_path / f"{n}.npz", n)) for n in (20, 30)]
-    direct = [(net, dataset, fid.extract(net, dataset.x)) for net in nets for dataset in sets]
-    for _ in range(2):
-        assert all(torch.equal(fid.data_features(net, dataset)[0], f) for net, dataset, f in direct)
-        monkeypatch.setattr(fid, "extract", None)               # the second time no network runs
+    pairs = [(net, dataset) for net in nets for dataset in sets]
+    first = [fid.data_features(net, dataset) for net, dataset in pairs]
+    for (net, dataset), (features, seconds) in zip(pairs, first):
+        assert torch.equal(features, fid.extract(net, dataset.x)) and seconds > 0
+    monkeypatch.setattr(fid, "extract", None)                   # the second time no network runs
+    for (net, dataset), (features, seconds) in zip(pairs, first):
+        again, seconds_again = fid.data_features(net, dataset)
+        assert torch.equal(again, features) and seconds_again == seconds        # and costs the same
 
 
 @pytest.mark.parametrize("argv, message", [
-    ("d.npz", "1 paths"), ("--compare", "0 paths"), ("--fit own.pt --compare d.npz", "not allowed"),
+    ("d.npz", "REAL and FAKE, not 1"), ("--compare", "needs one or more run folders"),
+    ("--fit own.pt --compare d.npz", "not allowed"), ("--fit own.pt d.npz one.npz", "one data set, not 2"),
     ("--fit own.pt d.npz", "20 or more"), ("d.npz d.npz --features vgg", "features vgg"),
     ("absent d.npz", "absent"), ("d.npz d.npz", "--inception-weights"), ("--compare d.npz", "not a run"),
-    ("d.npz d.npz --epochs 3", "--epochs needs --fit"), ("--compare d.npz --out c.png", "c.png: the chart")])
+    ("d.npz d.npz --features pixels --inception-weights w.pth", "--inception-weights has no effect"),
+    ("one.npz d.npz --features pixels", "one.npz: only one image"),
+    ("--compare d.npz --out c.png", "c.png: the chart")])
 def test_what_does_not_fit_together_is_one_line(tmp_path, monkeypatch, capsys, argv, message):
     monkeypatch.setenv("FID_INCEPTION_WEIGHTS", "d.npz")        # which holds none
     monkeypatch.chdir(tmp_path)
     _images("d.npz", 15)
+    _images("one.npz", 1)
     status, out, err = _fid_run(capsys, *argv.split())
-    assert (status, out) == (2, "") and message in err.splitlines()[-1] and os.listdir() == ["d.npz"]
+    assert (status, out) == (2, "") and message in err.splitlines()[-1]
+    assert sorted(os.listdir()) == ["d.npz", "one.npz"]
+
+
+def test_one_image_cannot_be_scored_and_the_way_out_is_said(tmp_path, capsys):
+    path = _images(tmp_path / "one.npz", 1)
+    flags = f"{SMALL} --data {path} --guide none --eval-samples 4 --steps 2 --out {tmp_path}/run"
+    _one_line(capsys, train, flags, "one.npz", "--metrics none")
+    train.main(f"{flags} --metrics none".split())
+
+
+def test_paths_may_begin_with_a_tilde(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    _images("d.npz", 60)
+    flags = "--epochs 1 --width 2 --device cpu"
+    _, out, _ = _fid_run(capsys, "--fit", "~/own.pt", "~/d.npz", *flags.split())
+    assert "own.pt" in out and sorted(os.listdir()) == ["d.npz", "own.pt"]
+    assert fid.network("own:~/own.pt").id == fid.network("own:own.pt").id
+    _, out, _ = _fid_run(capsys, "~/d.npz", "~/d.npz", "--features", "own:~/own.pt")
+    assert out.startswith("FD(own)")
+    monkeypatch.setenv("FID_INCEPTION_WEIGHTS", "~/absent.pth")
+    with pytest.raises(data.DataError, match=f"^{tmp_path}/absent.pth: no such file"):
+        fid.network("inception")
+
+
+def test_help_needs_no_docstrings_and_begins_with_commands():
+    out = subprocess.check_output([sys.executable, "-OO", "fid.py", "--help"], cwd=HERE, text=True)
+    assert out.index("python fid.py data/cifar10") < out.index("positional arguments") < out.index("--device")
+
+
+def test_a_broken_download_of_inception_is_named_and_a_failed_one_leaves_no_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.delenv("FID_INCEPTION_WEIGHTS", raising=False)
+
+    def broken(url, path, hash_prefix, progress):
+        assert url.endswith(f"-{hash_prefix}.pth") and len(hash_prefix) == 8 and Path(path).parent.is_dir()
+        raise OSError("no network")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", broken)
+    with pytest.raises(data.DataError, match="^https.*: not downloaded.*FID_INCEPTION_WEIGHTS.*no network"):
+        fid.network("inception")
+    file = tmp_path / "hub/checkpoints/pt_inception-2015-12-05-6726825d.pth"
+    assert not file.exists()
+    file.write_bytes(b"PK\3\4" + bytes(1000))                   # the beginning of an archive
+    with pytest.raises(data.DataError, match=f"^{file}: not the FID .*delete this file"):
+        fid.network("inception")
 
 
 # ------------------------------------------------------------------------------------------------------------
 # fid.py: metrics of the tree
 
-def test_hit_and_coverage_against_loops():
-    tree, cells = types.SimpleNamespace(logp=lambda x: x[:, 0] - 2.12), {}      # hits are on the right
+def test_hit_coverage_and_reached_against_loops():
+    tree = types.SimpleNamespace(logp=lambda x: x[:, 0] - 2.12)                 # hits are on the right
+    cells = {}
     points = torch.cat([0.12 * _fid_normal(0, 3000, 2).double(), torch.tensor([[1.6, 0.0], [0.1, -1.51]])])
-    for p in points[:-2]:                                       # the last two are hits outside of the grid
-        cell = tuple(((p + 1.5) // (3 / 101)).tolist())
-        cells[cell] = cells.get(cell, False) or bool(p[0] >= 0)
-    hit, share = np.mean([bool(p[0] >= 0) for p in points]), np.mean(list(cells.values()))
-    found = fid.tree_metrics(points, tree, points[:50] + torch.tensor([3.0, 4.0]))
-    assert found == pytest.approx(dict(hit=hit, coverage=share, l2=5))
+    for point in points[:-2]:                                   # the last two are hits outside of the grid
+        cell = tuple(((point + 1.5) // (3 / 101)).tolist())
+        cells[cell] = cells.get(cell, False) or bool(point[0] >= 0)
+    hit = np.mean([bool(point[0] >= 0) for point in points])
+    share = np.mean(list(cells.values()))
+    metrics = fid.tree_metrics(points, tree, points[:50] + torch.tensor([3.0, 4.0]), exact_cells=1000)
+    reached = sum(cells.values()) / 1000
+    assert metrics == pytest.approx(dict(hit=hit, coverage=share, reached=reached, l2=5))
+
+
+def test_a_collapsed_sampler_has_full_coverage_and_reaches_little():
+    exact = TREE.sample(4000, data.stream(3, 0, "test"))
+    good = exact[TREE.logp(exact).argmax()].expand(4000, 2)
+    metrics = [fid.tree_metrics(points, TREE, points[:1]) for points in (exact, good)]
+    assert metrics[1]["coverage"] == 1 and metrics[1]["reached"] < 0.01
+    assert metrics[0]["coverage"] < 1 and abs(metrics[0]["reached"] - 1) < 0.1
+    assert fid.exact_hit_cells(TREE, 400) < fid.exact_hit_cells(TREE, 4000) == fid.exact_hit_cells(TREE, 4000)
 
 
 def test_score_error_is_zero_for_the_exact_denoiser_and_the_closed_form_for_a_biased_one():
@@ -2291,13 +2421,15 @@ def test_score_error_is_zero_for_the_exact_denoiser_and_the_closed_form_for_a_bi
 # ------------------------------------------------------------------------------------------------------------
 # fid.py: comparing runs
 
-def _fid_log(folder, *points, **how):
+def _fid_log(folder, *points, **changes):
     """A run folder with an evaluation at each (step, distance): 10 examples and 0.1 seconds a step."""
-    how = dict(kind="eval", step=1, other_seconds=0.0, other_examples=0, guidance=1.0, samples=64,
-               sampling_steps=4, features="pixels", data="1a") | how
-    records = [how | {"seconds": s / 10, "examples_trained": 10 * s, "FD(pixels)": y} for s, y in points]
+    record = dict(kind="eval", step=1, other_seconds=0.0, other_examples=0, guidance=1.0, samples=64,
+                  sampling_steps=4, features="pixels", data="1a") | changes
+    records = [{"kind": "train", "loss": 1}]
+    for step, y in points:
+        records.append(record | {"seconds": step / 10, "examples_trained": 10 * step, "FD(pixels)": y})
     folder.mkdir()
-    (folder / "log.jsonl").write_text("\n".join(map(json.dumps, [{"kind": "train", "loss": 1}, *records])))
+    (folder / "log.jsonl").write_text("\n".join(map(json.dumps, records)))
     return folder
 
 
@@ -2311,12 +2443,12 @@ def test_compare_interpolates_counts_guides_averages_seeds_and_draws_each_arm(tm
             _fid_log(tmp_path / "<b&>-s0", (10, 4), (25, 1), other_seconds=1, other_examples=50)]
     _, out, _ = _fid_run(capsys, "--compare", *runs, "--out", tmp_path / "c.svg")
     rows = _fid_rows(out)
-    assert rows[0] == rows[5] == ["arm", "runs", "FD(pixels)", "other_examples"]
-    assert out.count("(pixels, 64 samples, 4 steps, data 1a)") == 2
-    assert "At 250 examples" in out and "At 3 seconds" in out   # the least of the last evaluations
-    assert [rows[2], rows[7]] == [["a", "2", "3 ± 0.71", "0 ± 0"], ["a", "2", "4 ± 1.4", "0 ± 0"]]
-    assert [rows[3], rows[8]] == [["late", "1", *2 * [f"from {x} on"]] for x in (400, 4)]
-    assert [rows[4], rows[9]] == [["<b&>", "1", y, "50"] for y in "12"]
+    assert rows[0] == rows[6] == ["arm", "runs", "FD(pixels)", "other_examples"]
+    assert out.count("are from pixels, 64 samples, 4 steps, data 1a.") == 2
+    assert [rows[2], rows[8]] == [["read at", "", x, x] for x in ("250", "3")]  # where the first run ends
+    assert [rows[3], rows[9]] == [["a", "2", "3 ± 0.71", "0 ± 0"], ["a", "2", "4 ± 1.4", "0 ± 0"]]
+    assert [rows[4], rows[10]] == [["late", "1", *2 * [f"from {x} on"]] for x in (400, 4)]
+    assert [rows[5], rows[11]] == [["<b&>", "1", y, "50"] for y in "12"]
     root = xml.etree.ElementTree.parse(tmp_path / "c.svg").getroot()
     drawn = [np.array([pair.split(",") for pair in line.get("points").split()], float).T
              for line in root.iter("{http://www.w3.org/2000/svg}polyline")]
@@ -2331,12 +2463,32 @@ def test_compare_interpolates_counts_guides_averages_seeds_and_draws_each_arm(tm
 @pytest.mark.parametrize("key", ["features", "guidance", "samples", "sampling_steps", "data"])
 def test_compare_keeps_what_was_evaluated_differently_apart(tmp_path, key):
     runs = [_fid_log(tmp_path / f"a-s{i}", (10, i), **{"guidance": 3, key: i}) for i in (2, 4)]
-    head, _, row = _fid_rows(fid.compare(runs, tmp_path / "c.svg"))[:3]
+    head, _, _, row = _fid_rows(fid.compare(runs, tmp_path / "c.svg"))[:4]
     assert len(set(head)) == 6 and sorted(row) == ["0", "0", "2", "2", "4", "a"]
 
 
-def test_compare_says_where_a_column_ends(tmp_path):
-    early, late = (_fid_log(tmp_path / f"{n}", *points, samples=n) for n, points in (
-        (8, [(10, 1)]), (64, [(10, 5), (30, 2)])))
-    (late / "log.jsonl").write_text("\n".join((run / "log.jsonl").read_text() for run in (early, late)))
-    assert sorted(_fid_rows(fid.compare([late], tmp_path / "c.svg"))[2][2:]) == ["0", "2", *2 * ["until 100"]]
+def test_compare_reads_each_column_where_its_own_curves_end(tmp_path):
+    """A guide's 5 seconds count for guided samples alone, or, where it also chose the batches, for all."""
+    arms = {"uniform": (0, 5), "ajest": (1, 1)}                 # seconds besides, unguided and guided
+    runs = []
+    for name, (unguided, guided) in arms.items():
+        runs.append(_fid_log(tmp_path / name, (10, 6), (30, 2), other_seconds=unguided))
+        other = _fid_log(tmp_path / f"{name}-guided", (10, 3), (30, 1), other_seconds=guided, guidance=3)
+        with open(runs[-1] / "log.jsonl", "a") as file:
+            file.write("\n" + (other / "log.jsonl").read_text())
+    rows = _fid_rows(fid.compare(runs, tmp_path / "c.svg"))
+    assert rows[0][2:4] == ["FD(pixels)", "FD(pixels), guided 3"]
+    assert rows[2][2:4] == ["300", "300"]                       # examples
+    assert rows[7][2:4] == ["3", "4"]                           # seconds: of uniform, of AJEST
+    assert rows[8][2:4] == ["2", "from 6 on"]
+    assert rows[9][2:4] == ["4", "1"]                           # AJEST unguided, halfway from 2 to 4 seconds
+
+
+def test_compare_reads_what_ended_early_where_it_ended(tmp_path):
+    few = _fid_log(tmp_path / "few", (10, 1), samples=8)
+    run = _fid_log(tmp_path / "run", (10, 5), (30, 2))
+    both = (few / "log.jsonl").read_text() + "\n" + (run / "log.jsonl").read_text()
+    (run / "log.jsonl").write_text(both)
+    rows = _fid_rows(fid.compare([run], tmp_path / "c.svg"))
+    assert sorted(rows[2][2:]) == ["100", "100", "300", "300"]
+    assert sorted(rows[3][2:]) == ["0", "0", "1", "2"]

@@ -1,7 +1,7 @@
 """Autoguidance as a denoiser made of two, and the Heun sampler.
 
 Autoguidance: "Guiding a Diffusion Model with a Bad Version of Itself" (arXiv 2406.02507). The sampler is that
-of EDM (arXiv 2206.00364, algorithms 1 and 2). Used by `sample.py`:
+of EDM (arXiv 2206.00364, algorithm 1). Used by `sample.py`:
 
     python sample.py runs/tree-ajest --guidance 3 --out samples.npz
 """
@@ -45,21 +45,14 @@ def noise_levels(steps, sigma_min, sigma_max, rho=7.0):
 
 
 @torch.no_grad()
-def heun(denoiser, noise, labels=None, steps=32, sigma_min=0.002, sigma_max=80.0, rho=7.0,
-         S_churn=0.0, S_min=0.0, S_max=float("inf"), S_noise=1.0, fresh_noise=None):
+def heun(denoiser, noise, labels=None, steps=32, sigma_min=0.002, sigma_max=80.0, rho=7.0):
     """Integrate the probability-flow ODE from `noise` (unit normal [N, ...]) to samples [N, ...].
 
     denoiser(x, sigma, labels) takes the noise level as a number, and is called 2 * steps - 1 times.
-    S_churn > 0 adds fresh noise before each step whose sigma lies in [S_min, S_max] (EDM algorithm 2);
-    fresh_noise() must return unit noise of noise's shape.
     """
     levels = noise_levels(steps, sigma_min, sigma_max, rho).tolist()
     x = noise * levels[0]
     for sigma, sigma_next in zip(levels[:-1], levels[1:]):
-        if S_churn > 0 and S_min <= sigma <= S_max:  # raise the noise level by the factor 1 + gamma
-            sigma_hat = sigma * (1 + min(S_churn / steps, 2 ** 0.5 - 1))
-            x = x + (sigma_hat ** 2 - sigma ** 2) ** 0.5 * S_noise * fresh_noise()
-            sigma = sigma_hat
         d = (x - denoiser(x, sigma, labels)) / sigma  # dx / dsigma at sigma
         x_next = x + (sigma_next - sigma) * d
         if sigma_next > 0:  # correction: the mean of the slopes at both ends
@@ -80,10 +73,7 @@ def generate(denoiser, seeds, labels=None, batch=256, device="cpu", **sampler):
     for start in range(0, len(seeds), batch):
         rows = [min(i, len(seeds) - 1) for i in range(start, start + batch)]    # the last is repeated
         generators = [torch.Generator().manual_seed(int(seeds[i])) for i in rows]
-
-        def fresh_noise():
-            return torch.stack([torch.randn(denoiser.shape, generator=g) for g in generators]).to(device)
-
+        noise = torch.stack([torch.randn(denoiser.shape, generator=g) for g in generators]).to(device)
         label = None if labels is None else labels[rows].to(device)
-        x = heun(denoiser, fresh_noise(), label, fresh_noise=fresh_noise, **sampler)
+        x = heun(denoiser, noise, label, **sampler)
         yield x[:len(seeds) - start]

@@ -11,7 +11,6 @@ import math
 import os
 import shutil
 import sys
-import types
 import zipfile
 
 import numpy as np
@@ -159,8 +158,8 @@ class Block(torch.nn.Module):
 class UNet(torch.nn.Module):
     """F(x, noise_label, class_labels): ([N, C, H, W], [N], int64 [N] or None) -> [N, C, H, W].
 
-    classes = 0 is the unconditional network. A label of -1 stands for "no class" (its embedding is zero),
-    which classifier-free guidance asks for. Raises ValueError for a resolution that is not a multiple of 8.
+    classes = 0 is the unconditional network; every other one needs labels. Raises ValueError for a resolution
+    that is not a multiple of 8.
     """
 
     def __init__(self, resolution=64, in_channels=3, channels=64, classes=1000, dropout=0.0, blocks=3):
@@ -199,9 +198,10 @@ class UNet(torch.nn.Module):
         """x [N, C, H, W] = c_in times the noisy input, noise_label [N] = c_noise -> F [N, C, H, W]."""
         emb = self.emb_noise(self.fourier(noise_label))  # [batch, 4 * channels]
         if self.emb_class is not None:
-            label = -1 if class_labels is None else class_labels[:, None]
-            one_hot = torch.arange(self.classes, device=x.device) == label
-            one_hot = one_hot.expand(len(x), -1).to(emb.dtype) * math.sqrt(self.classes)
+            if class_labels is None:
+                raise ValueError(f"this network has {self.classes} classes: give it labels")
+            one_hot = torch.arange(self.classes, device=x.device) == class_labels[:, None]
+            one_hot = one_hot.to(emb.dtype) * math.sqrt(self.classes)
             emb = mp_sum(emb, self.emb_class(one_hot), 0.5)
         emb = mp_silu(emb)
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1).contiguous(memory_format=torch.channels_last)
@@ -299,18 +299,23 @@ def build(config):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# bf16 autocast and one compiled graph with static shapes around a function of tensors. Each gets its own
-# code object, since torch allows one code object eight compilations and a run has more functions than that.
+# bf16 autocast and one compiled graph with static shapes around a function of tensors.
 
 def accelerate(function, device, bf16=False, compiled=False):
-    """The same function under autocast and, where wanted, compiled; keeps what a denoiser says of itself."""
+    """The same function under autocast and, if `compiled`, as one graph. Keeps a denoiser's shape and classes."""
+    device_type = torch.device(device).type
+
     def run(*args):
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
+        with torch.autocast(device_type, torch.bfloat16, enabled=bf16):
             return function(*args)
+
     if compiled:
-        run = types.FunctionType(run.__code__.replace(), globals(), "run", closure=run.__closure__)
+        # All accelerated functions share the code of `run`, and torch compiles the same code only eight times
+        # by default. Torch 2.7 renamed this limit; the old name still works.
+        torch._dynamo.config.cache_size_limit = 256
         run = torch.compile(run, fullgraph=True, dynamic=False)
-    run.shape, run.classes = getattr(function, "shape", None), getattr(function, "classes", 0)
+    run.shape = getattr(function, "shape", None)
+    run.classes = getattr(function, "classes", 0)
     return run
 
 

@@ -36,7 +36,6 @@ def build_parser():
         help="guide only at LO <= sigma <= HI")
     add("--steps", type=count, help="Heun steps; none = as evaluated")
     add("--sigma-max", type=data.number(float, "(0.002, inf)"), help="first noise level; none = as evaluated")
-    add("--S-churn", type=amount, default=0.0, help="stochasticity (0 = off; EDM, algorithm 2)")
     add("--device", type=data.device, default="cuda" if torch.cuda.is_available() else "cpu")
     return parser
 
@@ -100,7 +99,7 @@ def main(argv=None):
     if not suffix and any(map(os.path.exists, files)):
         raise data.DataError(f"{args.out}: holds samples of these seeds already, give another folder")
     how = dict(steps=args.steps or config["sampling_steps"], sigma_max=args.sigma_max or config["sigma_max"])
-    for x in guide.generate(denoiser, seeds, labels, args.batch, args.device, S_churn=args.S_churn, **how):
+    for x in guide.generate(denoiser, seeds, labels, args.batch, args.device, **how):
         parts.append(data.decode(x, config).cpu())
         done = sum(map(len, parts))
         data.progress(f"{done}/{args.n} samples", last=done == args.n)

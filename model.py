@@ -7,6 +7,7 @@ to be sampled from is in the checkpoint:
     python -c "import model; print(model.load_denoiser('runs/tree-ajest/checkpoint.pt'))"
 """
 import importlib.util
+import itertools
 import math
 import os
 import shutil
@@ -378,42 +379,96 @@ class PowerEMA:
 # Checkpoints: dictionaries of tensors and plain data, read with weights_only=True: nothing in one runs.
 
 def checkpoint_of(path):
-    """`path`, or the checkpoint in it where it is a run folder."""
-    return os.path.join(path, "checkpoint.pt") if os.path.isdir(path) else path
+    """`path`, or the checkpoint inside it if it is a run folder."""
+    if os.path.isdir(path):
+        return os.path.join(path, "checkpoint.pt")
+    return path
 
 
 def load_checkpoint(path, device="cpu"):
-    """The dictionary in a checkpoint file or run folder. ValueError where a checksum of the archive does not
-    hold, or its tensors claim more bytes than the file has (a view of one number may have any size); any
-    other exception means that it is none, too."""
-    path = checkpoint_of(path)
-    archive = zipfile.is_zipfile(path)                          # not before torch 1.6, as FID's weights
-    if archive and (damaged := zipfile.ZipFile(path).testzip()):
-        raise ValueError(f"{damaged} is damaged")
-    checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=archive)
-    leaves = torch.utils._pytree.tree_leaves(checkpoint)
-    if sum(leaf.nbytes for leaf in leaves if torch.is_tensor(leaf)) > os.path.getsize(path):
+    """The dictionary in a checkpoint file or run folder.
+
+    ValueError if a checksum of the file is wrong, or if its tensors claim more bytes than the file has (a view
+    of a single number can claim any size). Any other exception: not a checkpoint.
+    """
+    name = os.fspath(checkpoint_of(path))
+    is_archive = zipfile.is_zipfile(name)                       # published FID weights use an older format
+    if is_archive:
+        with zipfile.ZipFile(name) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"{damaged} is damaged")
+    with open(name, "rb") as file:
+        readable = name
+        if os.fsencode(name) != name.encode("utf-8", "replace"):        # torch assumes that names are UTF-8
+            readable = f"/dev/fd/{file.fileno()}"
+        checkpoint = torch.load(readable, map_location=device, weights_only=True, mmap=is_archive)
+    claimed = sum(leaf.nbytes for leaf in torch.utils._pytree.tree_leaves(checkpoint) if torch.is_tensor(leaf))
+    if claimed > os.path.getsize(name):
         raise ValueError("its tensors are larger than the file")
     return checkpoint
 
 
 def load_denoiser(path, ema=None, device="cpu", like=None):
-    """The denoiser at `path`, a checkpoint file or a run folder, ready for sampling or as a reference.
-    `ema`: an EMA length in it, None = the first, 0 = raw weights. `like`: (shape, number of labels, class
-    names) that it must have. Any exception means that it is none."""
+    """The denoiser in a checkpoint file or run folder, ready for sampling or as a reference.
+
+    ema: the length of an EMA in the checkpoint (None = the first, 0 = the raw weights). like: the configuration
+    of a denoiser for the same data. ValueError says what is wrong; any other exception: not a denoiser.
+    """
     checkpoint = load_checkpoint(path, device)
-    averages = checkpoint["ema"]
-    length = next(iter(averages)) if ema is None else str(float(ema))
-    if ema != 0 and length not in averages:
-        raise ValueError(f"no EMA of length {ema} (--ema) but {', '.join(averages)}")
-    with torch.device("meta"):                                  # shapes only: a hostile one allocates nothing
-        denoiser = build(checkpoint["model_config"])
-    denoiser.load_state_dict({**checkpoint["model"], **({} if ema == 0 else averages[length])}, assign=True)
-    if not all(tensor.isfinite().all() for tensor in denoiser.state_dict().values()):
-        raise ValueError("its weights are not finite")
-    own = list(denoiser.shape), denoiser.classes, denoiser.class_names
-    if like not in (None, own):
-        words = ["{} of {} labels, {}".format(*of[:2], ", ".join(of[2][:5])) for of in (own, like)]
-        raise ValueError(f"it is for {words[0]}; wanted is one for {words[1]}")
+    config = checkpoint["model_config"]
+    if like is not None:
+        check_same_data(config, like)
+    weights = dict(checkpoint["model"])
+    if ema != 0:
+        weights |= chosen_average(checkpoint["ema"], ema)
+    with torch.device("meta"):                                  # only shapes: bad settings allocate nothing
+        denoiser = build(config)
+    denoiser.load_state_dict(weights, assign=True)
+    for tensor in denoiser.state_dict().values():
+        if not tensor.isfinite().all():
+            raise ValueError("its weights are not finite")
     denoiser = denoiser.to(device).float().eval().requires_grad_(False)
     return denoiser.to(memory_format=torch.channels_last)
+
+
+def chosen_average(averages, ema):
+    """The averaged parameters of length `ema` (None = the first) in the state of a PowerEMA."""
+    lengths = list(averages)
+    length = lengths[0] if ema is None else str(float(ema))
+    if length not in averages:
+        raise ValueError(f"it has no EMA of length {ema} (--ema), only {', '.join(lengths)}")
+    return averages[length]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What two denoisers must share, so that one can guide the other or be compared with it: those settings of
+# `build` that describe the data, and what a message calls them.
+
+SAME_DATA = {"kind": "kind", "shape": "shape", "classes": "number of labels", "class_names": "class",
+             "mean": "mean", "std": "standard deviation"}
+
+
+def check_same_data(config, like):
+    """ValueError, which names what differs, unless two configurations are for the same data."""
+    differences = []
+    for name, word in SAME_DATA.items():
+        value = plain(config[name])
+        wanted = plain(like[name])
+        if value != wanted and name in ("class_names", "mean", "std"):
+            value, wanted = first_difference(value, wanted)     # there may be a thousand names
+        if value != wanted:
+            differences.append(f"{word} {value} instead of {wanted}")
+    if differences:
+        raise ValueError(f"it has {', '.join(differences)}")
+
+
+def plain(value):
+    """`value`, or the list of its items if it is a tuple."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def first_difference(values, others):
+    """The first pair of unequal items of two lists; "none" stands for what the shorter one lacks."""
+    pairs = itertools.zip_longest(values, others, fillvalue="none")
+    return next(pair for pair in pairs if pair[0] != pair[1])

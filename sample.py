@@ -60,8 +60,7 @@ def load(args):
         raise data.DataError(f"guidance {w:g} needs a guide, and {weak_path or 'the one of this run'} is not "
                              "there: give --guide, or --guidance 1")
     with data.reading(weak_path, "a guide for this model"):
-        like = list(main.shape), main.classes, main.class_names
-        weak = model.load_denoiser(weak_path, None, args.device, like)
+        weak = model.load_denoiser(weak_path, None, args.device, like=config)
         return guide.autoguided(main, weak, w, args.interval), config, labels
 
 

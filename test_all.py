@@ -369,8 +369,10 @@ def test_the_choice_moves_sampled_targets_towards_the_guide():
 
 def _config(kind="image", **changes):
     base = dict(kind=kind, shape=[3, 16, 16], channels=8, blocks=1, classes=3, class_names=list("abc"),
-                dropout=0.0, sigma_data=0.5)
-    return base | (dict(shape=[2], classes=0, class_names=[]) if kind == "tree" else {}) | changes
+                dropout=0.0, sigma_data=0.5, mean=[127.5] * 3, std=[63.75] * 3)
+    if kind == "tree":
+        base |= dict(shape=[2], classes=0, class_names=[], mean=[], std=[])
+    return base | changes
 
 
 def _randomized(denoiser):
@@ -546,6 +548,27 @@ def test_checkpoint_round_trip(tmp_path):
     file.write_bytes(file.read_bytes().replace(first, bytes(len(first))))
     with pytest.raises(ValueError, match="data/.* is damaged"):         # its checksum
         model.load_denoiser(tmp_path)
+
+
+@pytest.mark.parametrize("name, value, says", [
+    ("kind", "latent", "kind image instead of latent"),
+    ("shape", (3, 24, 24), "shape [3, 16, 16] instead of [3, 24, 24]"),
+    ("classes", 6, "number of labels 3 instead of 6"),
+    ("class_names", ("a", "b", "d"), "class c instead of d"),
+    ("class_names", ["a", "b"], "class c instead of none"),
+    ("mean", [127.5, 127.5, 0.0], "mean 127.5 instead of 0.0"),
+    ("std", [1.0, 1.0, 1.0], "standard deviation 63.75 instead of 1.0")])
+def test_a_denoiser_for_other_data_is_refused(tmp_path, name, value, says):
+    denoiser = model.build(_config())
+    ema = model.PowerEMA(denoiser, [0.05])
+    path = tmp_path / "checkpoint.pt"
+    content = dict(model_config=denoiser.config, model=denoiser.state_dict(), ema=ema.state_dict())
+    torch.save(content, path)
+    same = _config(dropout=0.3, channels=64, class_names=("a", "b", "c"))       # a tuple is a list, too
+    assert model.load_denoiser(path, like=same).config == denoiser.config
+    with pytest.raises(ValueError) as error:
+        model.load_denoiser(path, like=_config(**{name: value}))
+    assert str(error.value) == f"it has {says}"
 
 
 # ------------------------------------------------------------------------------------------------------------

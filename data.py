@@ -115,6 +115,11 @@ def device(text):
     return str(where)
 
 
+def path(text):
+    """An argparse type: a path in which ~ is the home folder."""
+    return os.path.expanduser(text)
+
+
 def parser(description, usage):
     """An ArgumentParser whose help shows every default; flags are not abbreviated."""
     class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -141,6 +146,8 @@ def refuse_unused(given, rows):
 
 def command(run):
     """Call run(); what the user can mend becomes one line on stderr and exit status 2, Ctrl-C status 130."""
+    for terminal in (sys.stdout, sys.stderr):
+        terminal.reconfigure(errors="backslashreplace")          # a path may hold what the terminal cannot show
     try:
         return run()
     except torch.OutOfMemoryError:

@@ -991,16 +991,104 @@ def test_sampling_classes_guides_weights_and_points(tmp_path, capsys, monkeypatc
     for more in ("--n", 1, "--class", "1", "--seed", 1), ("--n", 2, "--seed", 1):
         part = _sample(run, *more, out=tmp_path / "b.npz")["images"]
         assert np.array_equal(part, guided[1:][:len(part)])     # seed 1, class 1, whatever the number
-    tree, out = _train(TINY, "--guide none"), f"--device cpu --n 1 --steps 1 --out {tmp_path}/x"
-    assert {k: v.shape for k, v in _sample(tree, out=tmp_path / "p.npz").items()} == {"points": (64, 2)}
-    for flags in (f"{run} {out}.png --class dragon", f"{run} {out}.gif", f"{run} {out}.png --ema 0.2",
-                  f"{tree} {out}", f"{_folder()}/other {out}.png --guidance 2"):
-        _one_line(capsys, sample, flags, flags.split()[-1])
-    for flags in f"{tree} {out}.png --interval 1 2", f"{tree} {out}.png --guide {tree}":
-        _one_line(capsys, sample, flags, "a --guidance")
     os.remove(run / "guide.pt")
-    _one_line(capsys, sample, f"{run} {out}.png", run / "guide.pt", "--guide")
-    assert not list(tmp_path.glob("x*")) and (draw("--guidance", 1) == unguided).all()
+    _one_line(capsys, sample, f"{run} --device cpu --out {tmp_path}/x.png", run / "guide.pt", "--guide")
+    assert not (tmp_path / "x.png").exists()
+    assert np.array_equal(draw("--guidance", 1), unguided)
+
+
+@functools.cache
+def _tree_run():
+    return _train(TINY, "--guide none --ema 0.05")
+
+
+def test_points_are_sampled(tmp_path):
+    archive = _sample(_tree_run(), out=tmp_path / "points.npz")
+    assert list(archive) == ["points"] and archive["points"].shape == (64, 2)
+
+
+@pytest.mark.parametrize("flags, says", [
+    ("IMAGES --out x.png --class dragon", "--class dragon: this model has 3 classes: 0, 1, 2"),
+    ("TREE --out x.png --class dragon", "--class dragon: this model has 0 classes"),
+    ("IMAGES --out x.gif", "--out x.gif: give a .png, an .npz or a folder"),
+    ("IMAGES --out x.png --ema 0.2", "it has no EMA of length 0.2 (--ema), only 0.05, 0.1"),
+    ("TREE --out x", "--out x: a folder holds images"),
+    ("IMAGES --out x.png --guidance 2", "guidance 2 needs a guide, which this run does not have: give"),
+    ("TREE --out x.png --guidance 3 --guide IMAGES", "kind image instead of tree"),
+    ("TREE --out x.png --guidance 3 --guide absent.pt", "absent.pt: no such file"),
+    ("TREE --out x.png --guidance 1 --guide TREE", "--guide has no effect with --guidance 1"),
+    ("TREE --out x.png --guidance 1 --interval 1 2", "--interval has no effect with --guidance 1"),
+    ("TREE --out x.png --guide TREE", "--guide has no effect without a --guidance"),
+    ("TREE --out x.png --interval 1 2", "--interval has no effect without a --guidance"),
+    ("TREE --out x.png --guidance 3 --guide TREE --interval 2 1", "--interval: give the lower level first")])
+def test_flags_that_cannot_be_sampled_with_are_refused(tmp_path, monkeypatch, capsys, flags, says):
+    flags = flags.replace("TREE", str(_tree_run())).replace("IMAGES", str(_folder() / "other"))
+    monkeypatch.chdir(tmp_path)
+    _one_line(capsys, sample, f"{flags} --device cpu", says)
+    assert os.listdir() == []
+
+
+@pytest.mark.parametrize("name, value, says", [
+    ("bf16", None, "it has no bf16: another version has written it"),
+    ("guide", 5, "its guide is of type int"), ("sampling_steps", "many", "its sampling_steps is of type str")])
+def test_a_checkpoint_without_the_settings_of_its_evaluation_is_refused(tmp_path, capsys, name, value, says):
+    checkpoint = _load(_tree_run())
+    checkpoint["model_config"][name] = value
+    if value is None:
+        del checkpoint["model_config"][name]
+    torch.save(checkpoint, tmp_path / "checkpoint.pt")
+    _one_line(capsys, sample, f"{tmp_path} --device cpu --out {tmp_path}/x.png", "checkpoint.pt", says)
+
+
+@pytest.mark.parametrize("device, bf16", [("cpu", False), ("cuda:0", True)])
+def test_a_gpu_samples_in_the_precision_of_the_run(monkeypatch, device, bf16):
+    accelerate = mock.Mock()
+    monkeypatch.setattr(model, "accelerate", accelerate)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    for wanted in (True, False):
+        config = train.model_config(_settings("--bf16" if wanted else "--no-bf16"))
+        assert config["bf16"] == wanted
+        sample.in_precision_of_run("network", config, device)
+        accelerate.assert_called_with("network", device, wanted and bf16)
+
+
+def test_the_guide_is_sampled_in_that_precision_too(tmp_path, monkeypatch):
+    run = _train(TINY, "--guide-steps 6 --guidance 2 --bf16")
+    calls = []
+
+    def in_precision_of_run(network, config, device):
+        calls.append(config["bf16"])
+        return network
+
+    monkeypatch.setattr(sample, "in_precision_of_run", in_precision_of_run)
+    _sample(run, "--n", 1, out=tmp_path / "x.npz")
+    assert calls == [True, True]
+
+
+@pytest.mark.parametrize("encoding", [
+    dict(PYTHONIOENCODING="ascii"), dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")])
+def test_sampling_in_a_folder_with_an_umlaut_where_the_terminal_knows_none(tmp_path, encoding):
+    folder = tmp_path / "K\u00f6ln"
+    folder.mkdir()
+    shutil.copy(_tree_run() / "checkpoint.pt", folder)
+    command = [sys.executable, "sample.py", folder, "--out", folder / "x.npz", "--n", "2", "--device", "cpu"]
+    done = subprocess.run(command, cwd=HERE, env=os.environ | encoding, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(b"wrote ") and (folder / "x.npz").exists()
+
+
+def test_a_path_may_begin_with_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copy(_tree_run() / "checkpoint.pt", tmp_path)
+    sample.main("~/checkpoint.pt --guide ~/checkpoint.pt --guidance 0 --out ~/x.npz --device cpu".split())
+    assert (tmp_path / "x.npz").exists()
+
+
+def test_help_without_docstrings():
+    command = [sys.executable, "-OO", "sample.py", "--help"]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "sample.py runs/tree-ajest --n 10000" in done.stdout.split("options:")[0]
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ USAGE = """RUN_OR_CHECKPOINT --out OUT [flags]
   python sample.py runs/cifar10-ajest --guidance 1 --out unguided    without guidance, one PNG an image"""
 DESCRIPTION = (
     "Sample a trained model. Without flags it is sampled as its run was evaluated, in the same precision on "
-    "a GPU (in fp32 on a CPU), but eagerly where the run compiled its network, which changes the last digits.")
+    "a GPU (fp32 on a CPU), but eagerly where the run compiled its network, which changes the last digits.")
 
 
 def build_parser():

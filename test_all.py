@@ -1030,7 +1030,8 @@ def test_flags_that_cannot_be_sampled_with_are_refused(tmp_path, monkeypatch, ca
 
 @pytest.mark.parametrize("name, value, says", [
     ("bf16", None, "it has no bf16: another version has written it"),
-    ("guide", 5, "its guide is of type int"), ("sampling_steps", "many", "its sampling_steps is of type str")])
+    ("guide", 5, "its guide is of type int"),
+    ("sampling_steps", "many", "its sampling_steps is of type str")])
 def test_a_checkpoint_without_the_settings_of_its_evaluation_is_refused(tmp_path, capsys, name, value, says):
     checkpoint = _load(_tree_run())
     checkpoint["model_config"][name] = value

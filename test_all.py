@@ -456,8 +456,10 @@ def test_the_choice_moves_sampled_targets_towards_the_guide():
 
 def _config(kind="image", **changes):
     base = dict(kind=kind, shape=[3, 16, 16], channels=8, blocks=1, classes=3, class_names=list("abc"),
-                dropout=0.0, sigma_data=0.5)
-    return base | (dict(shape=[2], classes=0, class_names=[]) if kind == "tree" else {}) | changes
+                dropout=0.0, sigma_data=0.5, mean=[127.5] * 3, std=[63.75] * 3)
+    if kind == "tree":
+        base |= dict(shape=[2], classes=0, class_names=[], mean=[], std=[])
+    return base | changes
 
 
 def _randomized(denoiser):
@@ -492,16 +494,20 @@ def test_unet_keeps_magnitudes_near_one():
 
 def test_projection_changes_no_output_and_labels_do():
     torch.manual_seed(0)
-    denoiser, labels = _randomized(model.build(_config())), torch.tensor([0, 1, -1, -1])
-    weights, x = model.projected_weights(denoiser), torch.randn(1, 3, 16, 16).expand(4, -1, -1, -1)
+    denoiser = _randomized(model.build(_config()))
+    labels = torch.tensor([0, 1, 2, 2])
+    weights = model.projected_weights(denoiser)
+    x = torch.randn(1, 3, 16, 16).expand(4, -1, -1, -1)
     for w in weights:
         w.data *= 1 + torch.rand(len(w), *[1] * (w.ndim - 1))
     before = denoiser(x, torch.ones(4), labels)
     model.project(weights)
     assert all(torch.allclose(w.square().flatten(1).mean(1), torch.ones(len(w)), atol=1e-5) for w in weights)
     assert torch.allclose(denoiser(x, 1.0, labels), before, atol=1e-5)
-    assert (before[0] - before[1]).abs().max() > 1e-3           # and -1 is no label
-    assert torch.allclose(before[2:], denoiser(x, 1.0, None)[2:], atol=1e-5)
+    assert (before[0] - before[1]).abs().max() > 1e-3
+    assert torch.allclose(before[2], before[3], atol=1e-5)
+    with pytest.raises(ValueError, match="3 classes: give it labels"):
+        denoiser(x, 1.0)
 
 
 def test_doubling_is_nearest_and_halving_is_the_mean():
@@ -577,12 +583,28 @@ def test_forward_and_backward_are_those_of_the_cpu_in_fp32(device, kind, bf16, c
     for where, *how in ("cpu", False, False), (device, bf16, compiled):
         torch.manual_seed(0)
         denoiser = _randomized(model.build(_config(kind)))
-        rows = *torch.randn(2, 4, *denoiser.shape), torch.rand(4) + 0.1, torch.tensor([0, 1, 2, -1])
+        rows = *torch.randn(2, 4, *denoiser.shape), torch.rand(4) + 0.1, torch.tensor([0, 1, 2, 0])
         loss = model.accelerate(denoiser.to(where).loss, where, *how)(*(r.to(where) for r in rows))[0]
         gradients = torch.autograd.grad(loss.mean(), list(denoiser.net.parameters()))
         results.append([loss.detach().cpu(), torch.cat([g.flatten().cpu() for g in gradients])])
     for exact, other in zip(*results):
         assert bf16 * 1e-6 <= (other - exact).norm() / exact.norm() < (2e-2 if bf16 else 1e-3)
+
+
+def test_many_accelerated_functions_stay_compiled(monkeypatch):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = functools.partial(torch.compile, backend=backend)
+    monkeypatch.setattr(torch, "compile", compiled)
+    functions = [model.accelerate(functools.partial(torch.mul, i), "cpu", compiled=True) for i in range(20)]
+    for _ in range(2):                                          # the second round compiles nothing
+        products = [function(torch.tensor(3)).item() for function in functions]
+        assert products == list(range(0, 60, 3))
+        assert len(graphs) == 20
 
 
 @pytest.mark.parametrize("device, missing, able, words", [
@@ -615,6 +637,27 @@ def test_checkpoint_round_trip(tmp_path):
         model.load_denoiser(tmp_path)
 
 
+@pytest.mark.parametrize("name, value, says", [
+    ("kind", "latent", "kind image instead of latent"),
+    ("shape", (3, 24, 24), "shape [3, 16, 16] instead of [3, 24, 24]"),
+    ("classes", 6, "number of labels 3 instead of 6"),
+    ("class_names", ("a", "b", "d"), "class c instead of d"),
+    ("class_names", ["a", "b"], "class c instead of none"),
+    ("mean", [127.5, 127.5, 0.0], "mean 127.5 instead of 0.0"),
+    ("std", [1.0, 1.0, 1.0], "standard deviation 63.75 instead of 1.0")])
+def test_a_denoiser_for_other_data_is_refused(tmp_path, name, value, says):
+    denoiser = model.build(_config())
+    ema = model.PowerEMA(denoiser, [0.05])
+    path = tmp_path / "checkpoint.pt"
+    content = dict(model_config=denoiser.config, model=denoiser.state_dict(), ema=ema.state_dict())
+    torch.save(content, path)
+    same = _config(dropout=0.3, channels=64, class_names=("a", "b", "c"))       # a tuple is a list, too
+    assert model.load_denoiser(path, like=same).config == denoiser.config
+    with pytest.raises(ValueError) as error:
+        model.load_denoiser(path, like=_config(**{name: value}))
+    assert str(error.value) == f"it has {says}"
+
+
 # ------------------------------------------------------------------------------------------------------------
 # guide.py
 
@@ -627,7 +670,7 @@ def _gaussian_denoiser(std, shape=(2,), classes=0):
     return denoise
 
 
-def test_heun_converges_at_second_order_and_churn_keeps_the_distribution():
+def test_heun_converges_at_second_order():
     noise = torch.randn(20_000, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     exact, errors = noise * 5 * 0.5 / math.sqrt(25 + 0.25), []  # x(sigma) ~ sqrt(s^2 + sigma^2)
     for steps in (32, 64, 128):
@@ -637,9 +680,6 @@ def test_heun_converges_at_second_order_and_churn_keeps_the_distribution():
         assert len(denoiser.levels) == 2 * steps - 1 and {type(level) for level in denoiser.levels} == {float}
     assert errors[-1] < 4e-4
     assert 3.3 < errors[0] / errors[1] < 4.7 and 3.3 < errors[1] / errors[2] < 4.7, errors
-    churned = guide.heun(denoiser, noise, steps=64, sigma_max=5.0, S_churn=20,
-                         fresh_noise=lambda: torch.randn_like(noise))
-    assert abs(churned.std() - 0.5) < 0.01 and (churned * x).mean() < 0.9 * 0.5 ** 2    # it does add noise
 
 
 def test_autoguidance_weights_and_interval():
@@ -662,8 +702,8 @@ def test_a_sample_depends_on_its_seed_alone(device):
     labels = torch.tensor([0, 1, 2, 0, 1, 2, 0])
 
     def draw(batch, seeds=range(7), labels=labels):
-        how = dict(steps=3, sigma_max=5.0, device=device, S_churn=4.0)
-        return torch.cat(list(guide.generate(denoiser, seeds, labels, batch, **how))).cpu()
+        batches = guide.generate(denoiser, seeds, labels, batch, device, steps=3, sigma_max=5.0)
+        return torch.cat(list(batches)).cpu()
     for other in draw(1), draw(20), draw(2, range(7)[::-1], labels.flip(0)).flip(0):
         assert torch.allclose(other, draw(7), rtol=0, atol=0 if device == "cpu" else 1e-3)
 
@@ -1226,21 +1266,110 @@ def test_sampling_classes_guides_weights_and_points(tmp_path, capsys, monkeypatc
     for seen, found in zip(drawn, (unguided, guided, draw(of=distilled), draw("--guidance", 1, of=abroad),
                                    draw(of=abroad))):           # without flags as the run was evaluated
         assert np.array_equal(seen, found)
-    assert (draw("--interval", 1e3, 1e4) == unguided).all() and (draw("--S-churn", 2) != guided).any()
+    assert (draw("--interval", 1e3, 1e4) == unguided).all()
     assert (draw("--guide", run / "guide.pt", "--guidance", 0, of=distilled) == draw("--guidance", 0)).all()
     for more in ("--n", 1, "--class", "1", "--seed", 1), ("--n", 2, "--seed", 1):
         part = _sample(run, *more, out=tmp_path / "b.npz")["images"]
         assert np.array_equal(part, guided[1:][:len(part)])     # seed 1, class 1, whatever the number
-    tree, out = _train(TINY, "--guide none"), f"--device cpu --n 1 --steps 1 --out {tmp_path}/x"
-    assert {k: v.shape for k, v in _sample(tree, out=tmp_path / "p.npz").items()} == {"points": (64, 2)}
-    for flags in (f"{run} {out}.png --class dragon", f"{run} {out}.gif", f"{run} {out}.png --ema 0.2",
-                  f"{tree} {out}", f"{_folder()}/other {out}.png --guidance 2"):
-        _one_line(capsys, sample, flags, flags.split()[-1])
-    for flags in f"{tree} {out}.png --interval 1 2", f"{tree} {out}.png --guide {tree}":
-        _one_line(capsys, sample, flags, "a --guidance")
     os.remove(run / "guide.pt")
-    _one_line(capsys, sample, f"{run} {out}.png", run / "guide.pt", "--guide")
-    assert not list(tmp_path.glob("x*")) and (draw("--guidance", 1) == unguided).all()
+    _one_line(capsys, sample, f"{run} --device cpu --out {tmp_path}/x.png", run / "guide.pt", "--guide")
+    assert not (tmp_path / "x.png").exists()
+    assert np.array_equal(draw("--guidance", 1), unguided)
+
+
+@functools.cache
+def _tree_run():
+    return _train(TINY, "--guide none --ema 0.05")
+
+
+def test_points_are_sampled(tmp_path):
+    archive = _sample(_tree_run(), out=tmp_path / "points.npz")
+    assert list(archive) == ["points"] and archive["points"].shape == (64, 2)
+
+
+@pytest.mark.parametrize("flags, says", [
+    ("IMAGES --out x.png --class dragon", "--class dragon: this model has 3 classes: 0, 1, 2"),
+    ("TREE --out x.png --class dragon", "--class dragon: this model has 0 classes"),
+    ("IMAGES --out x.gif", "--out x.gif: give a .png, an .npz or a folder"),
+    ("IMAGES --out x.png --ema 0.2", "it has no EMA of length 0.2 (--ema), only 0.05, 0.1"),
+    ("TREE --out x", "--out x: a folder holds images"),
+    ("IMAGES --out x.png --guidance 2", "guidance 2 needs a guide, which this run does not have: give"),
+    ("TREE --out x.png --guidance 3 --guide IMAGES", "kind image instead of tree"),
+    ("TREE --out x.png --guidance 3 --guide absent.pt", "absent.pt: no such file"),
+    ("TREE --out x.png --guidance 1 --guide TREE", "--guide has no effect with --guidance 1"),
+    ("TREE --out x.png --guidance 1 --interval 1 2", "--interval has no effect with --guidance 1"),
+    ("TREE --out x.png --guide TREE", "--guide has no effect without a --guidance"),
+    ("TREE --out x.png --interval 1 2", "--interval has no effect without a --guidance"),
+    ("TREE --out x.png --guidance 3 --guide TREE --interval 2 1", "--interval: give the lower level first")])
+def test_flags_that_cannot_be_sampled_with_are_refused(tmp_path, monkeypatch, capsys, flags, says):
+    flags = flags.replace("TREE", str(_tree_run())).replace("IMAGES", str(_folder() / "other"))
+    monkeypatch.chdir(tmp_path)
+    _one_line(capsys, sample, f"{flags} --device cpu", says)
+    assert os.listdir() == []
+
+
+@pytest.mark.parametrize("name, value, says", [
+    ("bf16", None, "it has no bf16: another version has written it"),
+    ("guide", 5, "its guide is of type int"),
+    ("sampling_steps", "many", "its sampling_steps is of type str")])
+def test_a_checkpoint_without_the_settings_of_its_evaluation_is_refused(tmp_path, capsys, name, value, says):
+    checkpoint = _load(_tree_run())
+    checkpoint["model_config"][name] = value
+    if value is None:
+        del checkpoint["model_config"][name]
+    torch.save(checkpoint, tmp_path / "checkpoint.pt")
+    _one_line(capsys, sample, f"{tmp_path} --device cpu --out {tmp_path}/x.png", "checkpoint.pt", says)
+
+
+@pytest.mark.parametrize("device, bf16", [("cpu", False), ("cuda:0", True)])
+def test_a_gpu_samples_in_the_precision_of_the_run(monkeypatch, device, bf16):
+    accelerate = mock.Mock()
+    monkeypatch.setattr(model, "accelerate", accelerate)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    for wanted in (True, False):
+        config = train.model_config(_settings("--bf16" if wanted else "--no-bf16"))
+        assert config["bf16"] == wanted
+        sample.in_precision_of_run("network", config, device)
+        accelerate.assert_called_with("network", device, wanted and bf16)
+
+
+def test_the_guide_is_sampled_in_that_precision_too(tmp_path, monkeypatch):
+    run = _train(TINY, "--guide-steps 6 --guidance 2 --bf16")
+    calls = []
+
+    def in_precision_of_run(network, config, device):
+        calls.append(config["bf16"])
+        return network
+
+    monkeypatch.setattr(sample, "in_precision_of_run", in_precision_of_run)
+    _sample(run, "--n", 1, out=tmp_path / "x.npz")
+    assert calls == [True, True]
+
+
+@pytest.mark.parametrize("encoding", [
+    dict(PYTHONIOENCODING="ascii"), dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")])
+def test_sampling_in_a_folder_with_an_umlaut_where_the_terminal_knows_none(tmp_path, encoding):
+    folder = tmp_path / "K\u00f6ln"
+    folder.mkdir()
+    shutil.copy(_tree_run() / "checkpoint.pt", folder)
+    command = [sys.executable, "sample.py", folder, "--out", folder / "x.npz", "--n", "2", "--device", "cpu"]
+    done = subprocess.run(command, cwd=HERE, env=os.environ | encoding, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(b"wrote ") and (folder / "x.npz").exists()
+
+
+def test_a_path_may_begin_with_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copy(_tree_run() / "checkpoint.pt", tmp_path)
+    sample.main("~/checkpoint.pt --guide ~/checkpoint.pt --guidance 0 --out ~/x.npz --device cpu".split())
+    assert (tmp_path / "x.npz").exists()
+
+
+def test_help_without_docstrings():
+    command = [sys.executable, "-OO", "sample.py", "--help"]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "sample.py runs/tree-ajest --n 10000" in done.stdout.split("options:")[0]
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -248,7 +248,7 @@ def model_config(c, guide_path=None):
     """What a checkpoint needs to rebuild its denoiser, and to sample it as the run is evaluated: plain
     values. The guide's path is relative to the run folder."""
     return dict(kind=c.kind, shape=c.shape, channels=c.channels, blocks=c.blocks, classes=c.net_classes,
-                class_names=c.class_names, class_shares=c.class_shares, dropout=c.dropout, sigma_data=0.5,
+                class_names=c.class_names, class_shares=c.class_shares, dropout=c.dropout, sigma_data=0.5, bf16=c.bf16,
                 mean=c.mean, std=c.std, sigma_max=c.sigma_max, sampling_steps=c.sampling_steps,
                 guidance=c.guidance if guide_path else 1.0,
                 guide=os.path.relpath(*map(os.path.realpath, (guide_path, c.out))) if guide_path else None)
@@ -328,7 +328,7 @@ def cost_of(path):
 def load_matching(path, c):
     """-> a trained denoiser for the same data, to guide by or to compare with; DataError where it is not."""
     with data.reading(path, "a denoiser for this data"):
-        return model.load_denoiser(path, None, c.device, like=(c.shape, c.net_classes, c.class_names))
+        return model.load_denoiser(path, None, c.device, like=model_config(c))
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ import argparse
 import contextlib
 import copy
 import datetime
-import fcntl
 import functools
+import hashlib
 import importlib.util
 import json
 import math
@@ -24,19 +24,56 @@ import torch
 
 import data
 import fid
-import guide
 import model
 
-# select.py shares its name with a standard-library module, so it is loaded by path, under another name, by
-# which torch.compile finds it again.
+try:
+    import fcntl
+except ImportError:                                             # Windows has no fcntl: see `locked`
+    fcntl = None
+
+# select.py shares its name with a standard-library module, so it is loaded by path under another name.
+# torch.compile finds it by that name.
 _spec = importlib.util.spec_from_file_location("batch_select", Path(__file__).with_name("select.py"))
-select = sys.modules["batch_select"] = importlib.util.module_from_spec(_spec)
+select = importlib.util.module_from_spec(_spec)
+sys.modules["batch_select"] = select
 _spec.loader.exec_module(select)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Presets, chosen by the data; a flag that is given wins. The tree follows the toy of 2406.02507, images and
-# latents EDM's and EDM2's noise levels. "cpu" replaces the sizes of images and latents where there is no GPU.
+# Several processes (torchrun): each works on its rows of the draw that (seed, step) defines, and process 0
+# writes and evaluates. With one process these functions do nothing.
+
+RANK = int(os.environ.get("RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join(device):
+    """Take part in the group of processes."""
+    if WORLD > 1:
+        backend = "nccl" if device.startswith("cuda") else "gloo"
+        timeout = datetime.timedelta(days=1)                    # process 0 evaluates alone
+        torch.distributed.init_process_group(backend, timeout=timeout)
+
+
+def barrier():
+    """Wait for the other processes; what process 0 wrote before is then there."""
+    if WORLD > 1:
+        torch.distributed.barrier()
+
+
+def average(tensors):
+    """Average a list of tensors over the processes, in place and in one message."""
+    if WORLD > 1:
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        torch.distributed.all_reduce(flat)
+        means = (flat / WORLD).split([tensor.numel() for tensor in tensors])
+        shaped = [mean.view_as(tensor) for mean, tensor in zip(means, tensors)]
+        torch._foreach_copy_(tensors, shaped)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Presets, chosen by the data. The tree follows the toy of 2406.02507; images and latents have the noise
+# levels of EDM and EDM2. "cpu" replaces the sizes of images and latents where there is no GPU.
 
 PRESETS = {
     "tree": dict(
@@ -56,352 +93,835 @@ PRESETS = {
         channels=24, blocks=1, batch=64, steps=1000, lr_decay=400, warmup=50, dropout=0.0, sampling_steps=16,
         eval_samples=256, log_every=20)}
 
+# Where no preset has a value. None: the value follows from others, in `settings`, or the feature is off.
+DEFAULTS = dict(
+    data=None, out=None, size=None, flip=None, holdout=0, imbalance=None,
+    channels=None, blocks=3, batch=None, micro_batch=None, steps=None, lr=0.01, lr_decay=None, warmup=None,
+    dropout=None, ema=None, P_mean=None, P_std=None, targets="sample", guided_targets=1.0,
+    selector="uniform", early_steps=0, filter=0.8, joint=None, score="learnability", gain=0.0, invert=False,
+    debias=False, chunks=16, until_better=False, after="uniform", reference=None,
+    guide=None, guide_channels=None, guide_batch=None, guide_steps=None, guidance=None, sampling_steps=32,
+    sigma_max=80.0, eval_every=None, eval_samples=10_000, metrics="pixels",
+    keep=None, prune="gaussian", prune_features="pixels", class_weights=None, eta=1.0,
+    seed=0, device="cuda" if torch.cuda.is_available() else "cpu", bf16=None, compile=None, log_every=50,
+    save_every=60.0)
+
+MACHINE = {"data", "out", "device", "bf16", "compile", "micro_batch"}   # belong to a machine, not to a run
+MAY_CHANGE = MACHINE | {"steps", "log_every", "save_every", "eval_every", "eval_samples", "sampling_steps",
+                        "guidance", "metrics"}                          # in a run that goes on
+SELECTION = ("early_steps", "filter", "joint", "score", "gain", "invert", "debias", "chunks", "until_better",
+             "after")                                                   # flags that need --selector
+RESUMABLE = "a checkpoint of this run (give another --out, or delete it)"       # what `reading` asks for
+NEED_DATA = ("size", "flip", "holdout", "imbalance", "keep", "class_weights")       # flags that need --data
+
+USAGE = """[--data DATA] [flags]
+
+  python train.py --selector ajest --early-steps 5000           the 2-D tree, no data needed
+  python train.py --data photos/ --size 64                      images, labelled by folder or not
+  python train.py --data photos/ --size 64 --keep 0.1           the most typical tenth of each class only"""
+DESCRIPTION = "Train a diffusion model while choosing its data. The same command again resumes the run."
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The flags. Each default is None here: `settings` looks a value up, and help shows it from the same tables.
+
+def default_text(name):
+    """What help says of a flag's default: one value, or those of the presets; "" for none."""
+    values = {}
+    for kind, preset in PRESETS.items():
+        if kind != "cpu":
+            values[kind] = preset.get(name, DEFAULTS[name])
+    different = {str(value) for value in values.values()}
+    if name in PRESETS["cpu"]:
+        values["CPU"] = PRESETS["cpu"][name]
+        different.add(str(values["CPU"]))
+    if len(different) > 1:
+        return "; ".join(f"{kind} {shown(value)}" for kind, value in values.items())
+    if DEFAULTS[name] in (None, False):
+        return ""
+    return f"default {shown(DEFAULTS[name])}"
+
+
+def flag(name):
+    """The flag of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def shown(value):
+    """A setting as it would be typed."""
+    if isinstance(value, list):
+        return " ".join(str(item) for item in value)
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return str(value)
+
 
 def build_parser():
-    """The parser of all flags. Help shows the defaults that no preset replaces."""
-    parser = data.parser(__doc__, "[--data DATA] [flags]")
-    number, on_off = data.number, argparse.BooleanOptionalAction
-    whole, count = number(int, "[0, inf)"), number(int, "[1, inf)")
-    amount, positive = number(float, "[0, inf)"), number(float, "(0, inf)")
-    add = parser.add_argument_group("data").add_argument
-    add("--data", help="folder, zip, CIFAR-10 or .npz; none = the 2-D tree")
-    add("--out", help="run folder; none = runs/DATA-SELECTOR")
-    add("--size", type=number(int, "[8, 4096]"), help="center-crop and resize images to this many pixels")
-    add("--flip", action=on_off, help="mirror half of the images, as classes of their own (preset)")
-    add("--holdout", type=whole, default=0, help="examples held out for the validation loss (0 = off)")
-    add("--imbalance", type=number(float, "[1, inf)"), help="make classes long-tailed: head over tail")
-    add = parser.add_argument_group("model and optimization").add_argument
-    add("--channels", type=count, help="width of the network (preset)")
-    add("--blocks", type=count, default=3, help="residual blocks a level of the UNet")
-    add("--batch", type=count, help="examples trained on per step, whatever the selector (preset)")
-    add("--micro-batch", type=count, help="compute a batch in parts of this size; none = at once")
-    add("--steps", type=count, help="optimizer steps (preset)")
-    add("--lr", type=positive, default=0.01, help="Adam learning rate")
-    add("--lr-decay", type=count, help="steps after which it falls as 1/sqrt(step) (preset)")
-    add("--warmup", type=whole, help="steps of linear warm-up, 0 = off (preset)")
-    add("--dropout", type=number(float, "[0, 1)"), help="dropout inside the residual blocks (preset)")
-    add("--ema", type=number(float, "(0, 0.28)"), nargs="+", help="EMA lengths; the first is used (preset)")
-    add("--P-mean", type=number(float, "(-inf, inf)"), help="mean of ln sigma in training (preset)")
-    add("--P-std", type=positive, help="standard deviation of ln sigma in training (preset)")
-    add("--targets", choices=("sample", "exact"), default="sample",
-        help="what D learns: x0 itself, or the exact denoiser's output, which the tree knows (its default)")
-    add("--guided-targets", type=number(float, "[1, inf)"), default=1.0, metavar="W",
-        help="move the targets by 1 - 1/W of learner - guide, so that the network itself becomes the "
-        "autoguided denoiser of weight W (1 = off)")
-    add = parser.add_argument_group("online selection (2509.15267)").add_argument
-    add("--selector", choices=("uniform", "jest", "ajest"), default="uniform", help="how batches are made")
-    add("--filter", type=number(float, "[0, 1)"), default=0.8, help="share of the super-batch left out")
-    add("--joint", choices=select.FACTORS, help="what the chosen add to the scores of others: mean (the "
-        "AJEST authors' code, default with ajest), independent (JEST without pairs, default with jest), sum")
-    add("--chunks", type=count, default=16, help="at most this many chunks in which JEST fills the batch")
-    add("--score", choices=select.SCORES, default="learnability", help="what makes an example worth it")
-    add("--invert", action="store_true", help="prefer low scores")
-    add("--gain", type=amount, default=0.0, help="multiply standardized scores (0 = raw scores)")
-    add("--debias", action="store_true", help="weigh by inverse inclusion probability")
-    add("--early-steps", type=whole, default=0, help="select during the first N steps (0 = throughout)")
-    add("--until-better", action="store_true", help="select until a log line sees the reference beaten")
-    add("--after", choices=("uniform", "full"), default="uniform", help="then batches of b, or all of B")
-    add("--reference", help="checkpoint that jest scores against; none = the learner's EMA")
-    add = parser.add_argument_group("guide, sampling and evaluation (2406.02507)").add_argument
-    add("--guide", help="checkpoint; train = train one first; snapshot = the learner's own EMA after "
-        "guide-steps; none; default: train where it is needed from the start, else snapshot")
-    add("--guide-channels", type=count, help="width of a trained guide; none = half (tree: 32)")
-    add("--guide-batch", type=count, help="its batch; none = the run's (tree: 4096)")
-    add("--guide-steps", type=count,
-        help="its steps, or the snapshot's; none = an eighth (tree: 1024, of a snapshot at most 512)")
-    add("--guidance", type=amount, help="guidance weight of samples, 1 = off (preset)")
-    add("--sampling-steps", type=count, default=32, help="Heun steps")
-    add("--sigma-max", type=number(float, "(0.002, inf)"), default=80.0, help="noise level of the first step")
-    add("--eval-every", type=count, help="steps between evaluations; none = only at the end")
-    add("--eval-samples", type=whole, default=10_000, help="samples scored (0 = none)")
-    add("--metrics", default="pixels", help="features that score images: pixels, own:CKPT, inception, none")
-    add = parser.add_argument_group("coreset and class weights (2409.19128)").add_argument
-    add("--keep", type=number(float, "(0, 1]"), help="fraction of each class to keep")
-    add("--prune", choices=data.PRUNING, default="gaussian", help="what is kept first")
-    add("--prune-features", default="pixels", help="what pruning sees: pixels, own:CKPT, inception")
-    add("--class-weights", help="dro = find them by group DRO against the guide; inverse (of frequency); or "
-        "the class_weights.json of another run")
-    add("--eta", type=positive, default=1.0, help="step size of group DRO (DoReMi's)")
-    add = parser.add_argument_group("run").add_argument
-    add("--seed", type=number(int, "[0, 1e15]"), default=0, help="of weights, data, noise and selection")
-    add("--device", type=data.device, default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--bf16", action=on_off, help="bf16 autocast; none = on a GPU, but for the tree")
-    add("--compile", action=on_off, help="torch.compile; none = on a GPU")
-    add("--log-every", type=count, default=50, help="steps between log lines")
-    add("--save-every", type=amount, default=60.0, help="seconds between checkpoints, at log lines")
+    """The parser of all flags, in groups by purpose."""
+    parser = data.parser(DESCRIPTION, USAGE)
+    whole, count = data.number(int, "[0, inf)"), data.number(int, "[1, inf)")
+    amount, positive = data.number(float, "[0, inf)"), data.number(float, "(0, inf)")
+    on_off = argparse.BooleanOptionalAction
+
+    def group(title):
+        """A function that adds a flag to a new group, and its default to its help."""
+        arguments = parser.add_argument_group(title)
+
+        def add(flag, help, **options):
+            values = default_text(flag.lstrip("-").replace("-", "_"))
+            if values:
+                help = f"{help} [{values}]"
+            arguments.add_argument(flag, help=help, default=None, **options)
+        return add
+
+    add = group("data")
+    add("--data", "folder or zip of images, CIFAR-10's python folder, or an .npz; without it the 2-D tree",
+        type=data.path)
+    add("--size", "crop images to their centre square and resize it to this many pixels",
+        type=data.number(int, "[8, 4096]"))
+    add("--flip", "mirror half of the images; mirrored images are classes of their own", action=on_off)
+    add("--holdout", "examples held out for the validation loss, 0 = off", type=whole)
+    add("--imbalance", "make the classes long-tailed: examples of the largest class over the smallest",
+        type=data.number(float, "[1, inf)"))
+
+    add = group("model and optimization")
+    add("--channels", "width of the network", type=count)
+    add("--blocks", "residual blocks on each level of the UNet", type=count)
+    add("--batch", "examples trained on per step, whatever the selector", type=count)
+    add("--micro-batch", "compute a batch in parts of this size, to save memory", type=count)
+    add("--steps", "optimizer steps", type=count)
+    add("--lr", "Adam's learning rate", type=positive)
+    add("--lr-decay", "steps after which the learning rate falls as 1/sqrt(step)", type=count)
+    add("--dropout", "dropout inside the residual blocks", type=data.number(float, "[0, 1)"))
+    add("--ema", "lengths of the averages of the weights, as shares of the training; the first is sampled",
+        type=data.number(float, "(0, 0.28)"), nargs="+")
+    add("--targets", "what the network learns to predict: sample = the clean example;\n"
+        "exact = the mean of all clean examples, which only the tree knows", choices=("sample", "exact"))
+    add("--guided-targets", "train the network to be its own autoguided denoiser of weight W: the target "
+        "moves by (1 - 1/W)(D - D_guide). 1 = off", type=data.number(float, "[1, inf)"), metavar="W")
+
+    add = group("online selection (2509.15267)")
+    add("--selector", "how a batch is made: uniform = at random;\n"
+        "ajest = from a super-batch, by what the guide does better;\n"
+        "jest = the same against --reference", choices=("uniform", "jest", "ajest"))
+    add("--early-steps", "select during the first N steps only, 0 = throughout", type=whole, metavar="N")
+    add("--filter", "share of the super-batch that is left out", type=data.number(float, "[0, 1)"))
+    add("--score", "what is chosen more: learnability = loss of the learner less loss of the reference;\n"
+        "hard = large loss of the learner; easy = small loss of the reference;\n"
+        "root-loss = large gradient at the network's output", choices=select.SCORES)
+    add("--joint", "what the chosen examples add to the scores of others:\n"
+        "mean = as in the AJEST authors' code (default of ajest);\n"
+        "independent = nothing, as in JEST for a loss without pairs (default of jest);\n"
+        "sum = an early version of the AJEST authors' code, nearly top-k", choices=select.FACTORS)
+    add("--gain", "standardize the scores and multiply them by this, 0 = raw scores", type=amount)
+    add("--reference", "checkpoint that jest scores against; without it the average of the learner's weights",
+        type=data.path)
+
+    add = group("guide, sampling and evaluation (2406.02507)")
+    add("--guide", "a smaller or less trained copy of the model.\nCHECKPOINT = a run folder or file;\n"
+        "train = train one first (default of ajest and dro);\n"
+        "snapshot = the model's own average after --guide-steps (default otherwise);\nnone", type=data.path)
+    add("--guide-channels", "width of a trained guide; without it half of --channels", type=count)
+    add("--guide-steps", "steps of a trained guide, or the step of the snapshot; without it an eighth of "
+        "--steps (tree: 1024, of a snapshot at most 512)", type=count)
+    add("--guidance", "weight of the guide in samples, 1 = off", type=amount)
+    add("--sampling-steps", "steps of the Heun sampler", type=count)
+    add("--eval-every", "steps between evaluations; without it at the end only", type=count)
+    add("--eval-samples", "samples scored, 0 = no evaluation", type=whole)
+    add("--metrics", "features that score images: pixels = 8x8 averages; inception = FID;\n"
+        "own:CKPT = a classifier made by fid.py --fit CKPT; none")
+
+    add = group("coreset and class weights (2409.19128)")
+    add("--keep", "fraction of each class to train on", type=data.number(float, "(0, 1]"))
+    add("--prune", "what is kept: gaussian = the most typical of the class by a Gaussian of its features;\n"
+        "knn = what has near neighbours;\n"
+        "moderate = what lies at the median distance from the centre of the class; random",
+        choices=data.PRUNING)
+    add("--prune-features", "features that pruning sees: pixels, inception, or own:CKPT, a classifier made "
+        "by fid.py --fit CKPT")
+    add("--class-weights", "weights of the classes in the loss:\n"
+        "dro = find them by group DRO against the guide;\ninverse = inverse frequency;\n"
+        "FILE = the class_weights.json that a run with dro made", type=data.path)
+
+    add = group("run")
+    add("--out", "run folder; without it runs/DATA-SELECTOR", type=data.path)
+    add("--seed", "of weights, data, noise and selection", type=data.number(int, "[0, 1e15]"))
+    add("--device", "cpu or cuda", type=data.device)
+    add("--bf16", "bf16 autocast; on for images on a GPU", action=on_off)
+    add("--compile", "torch.compile; on for a GPU", action=on_off)
+    add("--log-every", "steps between log lines", type=count)
+
+    add = group("rarely changed")
+    add("--chunks", "JEST fills the batch in at most this many chunks", type=count)
+    add("--invert", "prefer low scores", action="store_true")
+    add("--debias", "draw the batch once and weigh it by inverse inclusion probability", action="store_true")
+    add("--until-better", "select until a log line finds the learner better than the reference",
+        action="store_true")
+    add("--after", "after early selection train on uniform batches, or on full super-batches",
+        choices=("uniform", "full"))
+    add("--eta", "step size of group DRO", type=positive)
+    add("--P-mean", "mean of ln sigma in training", type=data.number(float, "(-inf, inf)"))
+    add("--P-std", "standard deviation of ln sigma in training", type=positive)
+    add("--warmup", "steps of linear warm-up of the learning rate, 0 = off", type=whole)
+    add("--sigma-max", "noise level at which sampling begins", type=data.number(float, "(0.002, inf)"))
+    add("--guide-batch", "batch of a trained guide; without it --batch (tree: 4096)", type=count)
+    add("--save-every", "seconds between checkpoints, which are written at log lines", type=amount)
     return parser
 
 
+def typed_flags(argv=None):
+    """{name: value} of the flags on the command line (argv; None = the program's own)."""
+    flags = vars(build_parser().parse_args(argv))
+    return {name: value for name, value in flags.items() if value is not None}
+
+
 # ------------------------------------------------------------------------------------------------------------
-# The settings of a run: what the flags say, else the preset and the data. Where a run goes on, what no start
-# has said stays as it was at first, whatever the presets say now.
+# The settings of a run. Each is looked up once: defaults, preset, what the checkpoint says, what was typed.
 
-MACHINE = {"data", "out", "device", "bf16", "compile", "micro_batch"}   # may differ where a run goes on
-MAY_CHANGE = MACHINE | {"steps", "log_every", "save_every", "eval_every", "eval_samples", "sampling_steps",
-                        "guidance", "metrics"}                          # also given anew
-PATHS = {"guide", "reference", "class_weights", "prune_features"}       # files may have moved
-RESUMED = "a checkpoint of this run (give another --out, or delete it)"    # what `reading` asks for
-WORDS = {None, "train", "snapshot", "none", "dro", "inverse", "pixels", "inception"}
-
-
-def settings(argv=None):
-    """-> (c, a namespace of plain values; the data set). Prints what was found before anything is refused."""
-    parser = build_parser()
-    args, flags = data.parse(parser, argv)
-    dataset = (data.load(args.data, args.size) if args.data else data.Tree("A")).to(args.device)
-    name = Path(args.data).resolve().name.split(".")[0] if args.data else "tree"
-    out = Path(args.out or f"runs/{name}-{args.selector}")
+def settings(typed):
+    """-> (c, a namespace of plain values; the data set). Says what was read before anything is refused."""
+    device = typed.get("device", DEFAULTS["device"])
+    dataset = load_dataset(typed, device)
+    folder = run_folder(typed)
     if RANK == 0:
-        print(*dataset.report, sep="\n", file=sys.stderr)
+        print("\n".join(dataset.report), file=sys.stderr)
 
-    # The preset's values become defaults, then those with which the run in this folder began.
-    tree, cuda = dataset.kind == "tree", args.device.startswith("cuda")
-    preset = dataset.kind if dataset.kind in PRESETS else "32" if dataset.shape[-1] <= 32 else "64"
-    parser.set_defaults(**PRESETS[preset], bf16=cuda and not tree, compile=cuda)
-    if not tree and not cuda:
-        parser.set_defaults(**PRESETS["cpu"])
-    old = {}
-    if (out / "config.json").exists():
-        with data.reading(out / "config.json", "the settings of a run"):
-            old = json.loads((out / "config.json").read_text())
-            never_given = set(vars(args)) - set(old["flags"]) - MACHINE
-            parser.set_defaults(**{key: old[key] for key in never_given & set(old)})
-    c = parser.parse_args(argv)
-    c.out, c.flags = str(out), flags
-    c.eval_levels = {key: PRESETS[preset][key] for key in ("P_mean", "P_std")}  # whatever is trained on
-    c.fingerprint, c.found = dataset.fingerprint, ", ".join(dataset.report[:2])
-    c.kind, c.shape, c.classes = dataset.kind, list(dataset.shape), dataset.classes
-    c.class_names, c.net_classes = list(dataset.class_names), 2 * max(c.classes, 1) if c.flip else c.classes
-    c.mean, c.std = (list(getattr(dataset, moment, ())) for moment in ("mean", "std"))
-    c.class_shares = (class_counts(dataset).double() / len(dataset)).tolist() if c.classes else [1.0]
-    for key in set(old.get("flags", ())) | set(flags) if old else ():
-        was, now = old.get(key), getattr(c, key)
-        if key in PATHS:
-            was, now = (value if value in WORDS else "a file" for value in (was, now))
-        if key not in MAY_CHANGE and was != now:
-            raise data.DataError(f"{out} holds a run with --{key.replace('_', '-')} {was}, not {now}: "
-                                 "give another --out, or delete it")
-    if old and old["fingerprint"] != c.fingerprint:
-        raise data.DataError(f"{out} holds a run on other data ({old['found']}; now: {c.found}): "
-                             "the data has changed, give another --out")
-    path = out / "checkpoint.pt"
-    if path.exists():
-        with data.reading(path, RESUMED):
-            done = int(model.load_checkpoint(path)["progress"]["step"])
-        if done > c.steps:
-            raise data.DataError(f"--steps {c.steps}: the run in {out} has done {done}")
+    kind = preset_of(dataset)
+    preset = PRESETS[kind]
+    if kind != "tree" and not device.startswith("cuda"):
+        preset = preset | PRESETS["cpu"]
+    saved = saved_run(folder)
+    c = argparse.Namespace(**(DEFAULTS | preset | saved["settings"] | typed))
 
-    # What follows from them.
-    c.guide = c.guide or ("train" if c.selector == "ajest" or c.class_weights == "dro" else "snapshot")
-    if tree and not c.guide_steps:
-        c.guide_steps = min(512, math.ceil(c.steps / 8)) if c.guide == "snapshot" else 1024
-    c.guide_steps = c.guide_steps or math.ceil(c.steps / 8)
-    c.guide_channels, c.guide_batch = c.guide_channels or math.ceil(c.channels / 2), c.guide_batch or c.batch
-    if c.guided_targets != 1 and "guidance" not in flags:
-        c.guidance = 1.0                                        # the network itself is the guided denoiser
+    c.out = str(folder)
+    c.eval_levels = dict(P_mean=PRESETS[kind]["P_mean"], P_std=PRESETS[kind]["P_std"])      # of evaluations
+    add_facts_of_data(c, dataset)
+    add_what_follows(c, typed, saved["settings"])
+    refuse(c, typed, dataset)
+    c.file_hashes = hashes_of_files(c)
+    refuse_other_run(c, saved, folder)
     c.bf16, c.compile = model.able(c.device, c.bf16, c.compile)
-    c.joint = c.joint or ("mean" if c.selector == "ajest" else "independent")
-    c.super_batch = round(c.batch / (1 - c.filter))             # B = b / (1 - filter ratio)
-    c.compares = c.until_better or c.score in ("learnability", "easy")      # asks for the reference's losses
-    refuse(c, len(dataset) if not tree else math.inf)
     return c, dataset
 
 
-def refuse(c, examples):
-    """DataError for what no flag can know alone."""
-    tree, part = c.kind == "tree", (c.micro_batch or 1) * WORLD
-    data.refuse_unused(c.flags, [
-        (c.selector != "uniform", "--selector jest or ajest",
-         "filter chunks joint score invert gain debias early_steps until_better after"),
-        (c.selector == "jest", "--selector jest (the reference of ajest is the --guide)", "reference"),
-        (c.compares, "--score learnability or easy, or --until-better", "reference"),
-        (c.early_steps or c.until_better, "--early-steps or --until-better", "after"),
-        (not c.debias, "a draw in parts, and --debias draws once", "chunks joint"),
-        (c.keep, "--keep", "prune prune_features"),
-        (c.prune != "random", "--prune gaussian, knn or moderate", "prune_features"),
-        (c.class_weights == "dro", "--class-weights dro", "eta"),
-        (c.guide == "train" or c.class_weights == "dro", "--guide train", "guide_channels guide_batch"),
-        (not tree, "--data", "size blocks dropout keep class_weights holdout imbalance metrics"),
-        (c.classes, f"labels: {c.data} has none", "class_weights imbalance"),
-        (c.guide != "none" or c.guided_targets == 1, "a --guide", "guided_targets"),
-        (c.guide != "none" or c.guidance == 1, "a --guide", "guidance")])
-    for wrong, why in [
-        ((c.selector == "ajest" or c.class_weights == "dro") and c.guide in ("none", "snapshot"),
-         "--selector ajest and --class-weights dro need a --guide from the start: train, or a checkpoint"),
-        (c.guide == "snapshot" and c.guide_steps > c.steps,
-         f"--guide-steps {c.guide_steps}: the snapshot is to be taken within the {c.steps} --steps"),
-        (not tree and (c.shape[1] != c.shape[2] or c.shape[1] % 8),
-         f"--size: the UNet needs square images of a multiple of 8 pixels, not {c.shape}"),
-        (c.kind != "image" and c.flip, "--flip is for images"),
-        (not tree and c.targets == "exact", "--targets exact is for the tree"),
-        (c.holdout >= examples, f"--holdout {c.holdout}: the data has no more examples"),
-        (0 < c.eval_samples < max(c.classes, 2),
-         f"--eval-samples {c.eval_samples}: give one for each class, and 2 or more"),
-        (c.batch % part or c.guide_batch % WORLD or c.super_batch % part and c.selector != "uniform",
-         f"--batch {c.batch}, --guide-batch {c.guide_batch} and the super-batch of {c.super_batch} must be "
-         f"multiples of {part}, --micro-batch times the number of processes")]:
-        if wrong:
-            raise data.DataError(why)
+def load_dataset(typed, device):
+    """The data set that the flags name, on the device."""
+    if "data" in typed:
+        dataset = data.load(typed["data"], typed.get("size"))
+    else:
+        dataset = data.Tree("A")
+    return dataset.to(device)
 
+
+def run_folder(typed):
+    """The folder of the run: --out, or runs/DATA-SELECTOR."""
+    if "out" in typed:
+        return Path(typed["out"])
+    name = "tree"
+    if "data" in typed:
+        name = Path(typed["data"]).resolve().name.split(".")[0]
+    return Path(f"runs/{name}-{typed.get('selector', DEFAULTS['selector'])}")
+
+
+def preset_of(dataset):
+    """The name of the preset for this data set."""
+    if dataset.kind in PRESETS:
+        return dataset.kind
+    return "32" if dataset.shape[-1] <= 32 else "64"
+
+
+def saved_run(folder):
+    """The settings and the progress in the checkpoint of this folder, both {} where it has none."""
+    path = folder / "checkpoint.pt"
+    if not path.exists():
+        return dict(settings={}, progress={})
+    with data.reading(path, RESUMABLE):
+        checkpoint = model.load_checkpoint(path)
+        return dict(settings=dict(checkpoint["settings"]), progress=dict(checkpoint["progress"]))
+
+
+def add_facts_of_data(c, dataset):
+    """Add what the data set says of itself to the settings."""
+    c.kind = dataset.kind
+    c.shape = list(dataset.shape)
+    c.classes = dataset.classes
+    c.class_names = list(dataset.class_names)
+    c.mean = list(getattr(dataset, "mean", ()))
+    c.std = list(getattr(dataset, "std", ()))
+    c.net_classes = c.classes                                   # labels of the network
+    if c.flip:
+        c.net_classes = 2 * max(c.classes, 1)
+    c.class_shares = [1.0]
+    if c.classes:
+        shares = data.class_counts(dataset).double() / len(dataset)
+        c.class_shares = shares.tolist()
+    c.fingerprint = dataset.fingerprint
+    c.data_summary = ", ".join(dataset.report[:2])
+
+
+def add_what_follows(c, typed, saved):
+    """Add the settings that follow from others, unless they were typed or saved."""
+    cuda = c.device.startswith("cuda")
+    if c.bf16 is None:
+        c.bf16 = cuda and c.kind != "tree"
+    if c.compile is None:
+        c.compile = cuda
+    if c.joint is None:
+        c.joint = "mean" if c.selector == "ajest" else "independent"
+    if c.guide is None:
+        c.guide = "train" if c.selector == "ajest" or c.class_weights == "dro" else "snapshot"
+    if c.guide_steps is None:
+        c.guide_steps = math.ceil(c.steps / 8)
+        if c.kind == "tree":
+            c.guide_steps = min(512, c.guide_steps) if c.guide == "snapshot" else 1024
+    if c.guide_channels is None:
+        c.guide_channels = math.ceil(c.channels / 2)
+    if c.guide_batch is None:
+        c.guide_batch = c.batch
+    if c.guide == "none" or c.guided_targets != 1:              # the network is its own guided denoiser
+        if "guidance" not in typed and "guidance" not in saved:
+            c.guidance = 1.0
+    c.super_batch = round(c.batch / (1 - c.filter))             # B = b / (1 - filter ratio)
+    c.selects_by_reference = c.until_better or c.score in ("learnability", "easy")
+    for name in ("guide", "reference", "class_weights"):        # a later start may run in another folder
+        path = file_named_by(c, name)
+        if path is not None:
+            setattr(c, name, os.path.abspath(getattr(c, name)))
+
+
+def file_named_by(c, name):
+    """The path of the file that a flag names, or None."""
+    value = getattr(c, name)
+    if name == "guide" and value in ("train", "snapshot", "none"):
+        return None
+    if name == "class_weights" and value in ("dro", "inverse"):
+        return None
+    if name == "prune_features":
+        return value.removeprefix("own:") if value.startswith("own:") else None
+    if value is None or name == "class_weights":
+        return value
+    return model.checkpoint_of(value)
+
+
+def needs_guide_to_train(c):
+    """Whether the guide takes part in training, not only in sampling."""
+    ajest = c.selector == "ajest" and c.selects_by_reference
+    return ajest or c.class_weights == "dro" or c.guided_targets != 1
+
+
+def hashes_of_files(c):
+    """{flag: SHA-256} of the files that the run needs; files may have moved when it goes on."""
+    names = ["reference", "class_weights"]
+    if needs_guide_to_train(c) or c.guidance != 1:
+        names.append("guide")
+    if c.keep is not None and c.prune != "random":
+        names.append("prune_features")
+    hashes = {}
+    for name in names:
+        path = file_named_by(c, name)
+        if path is not None:
+            with data.reading(path, f"a file for {flag(name)}"):
+                hashes[name] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return hashes
+
+
+def refuse_other_run(c, checkpoint, folder):
+    """DataError where the checkpoint in this folder (of `saved_run`) has other settings or other data, or has
+    done more steps."""
+    saved = checkpoint["settings"]
+    if not saved:
+        return
+    if saved["fingerprint"] != c.fingerprint:
+        raise data.DataError(f"{folder} holds a run on other data ({saved['data_summary']}; now: "
+                             f"{c.data_summary}): the data has changed, give another --out")
+    for name in DEFAULTS:
+        if name in MAY_CHANGE:
+            continue
+        now = getattr(c, name)
+        differs = saved[name] != now
+        if name in c.file_hashes and name in saved["file_hashes"]:      # the file may have moved
+            differs = saved["file_hashes"][name] != c.file_hashes[name]
+        if differs:
+            raise data.DataError(f"{folder} holds a run with {flag(name)} {shown(saved[name])}, not "
+                                 f"{shown(now)}: give another --out, or delete the folder")
+    steps_done = checkpoint["progress"]["step"]
+    if c.steps < steps_done:
+        raise data.DataError(f"--steps {c.steps}: the run in {folder} has done {steps_done}")
+
+
+def refuse(c, typed, dataset):
+    """DataError for settings that contradict each other or would train something else than was meant."""
+    tree = c.kind == "tree"
+    if tree:
+        for name in NEED_DATA:
+            if typed.get(name):
+                raise data.DataError(f"{flag(name)} needs --data")
+    if c.selector == "uniform":
+        for name in SELECTION:
+            if name in typed:
+                raise data.DataError(f"{flag(name)} needs --selector jest or ajest")
+    if "after" in typed and not (c.early_steps or c.until_better):
+        raise data.DataError("--after needs --early-steps or --until-better")
+    if "chunks" in typed and c.debias:
+        raise data.DataError("--chunks has no effect with --debias, which draws the batch at once")
+    if c.reference and c.selector != "jest":
+        raise data.DataError("--reference needs --selector jest; the reference of ajest is the --guide")
+    for name in ("prune", "prune_features"):
+        if name in typed and c.keep is None:
+            raise data.DataError(f"{flag(name)} needs --keep")
+    if "eta" in typed and c.class_weights != "dro":
+        raise data.DataError("--eta needs --class-weights dro")
+    refuse_guides(c, typed)
+    refuse_data(c, typed, dataset)
+
+    # Sizes.
+    if 0 < c.eval_samples < max(c.classes, 2):
+        raise data.DataError(f"--eval-samples {c.eval_samples}: give one for each class, and 2 or more")
+    divisor = (c.micro_batch or 1) * WORLD
+    super_batch_fits = c.selector == "uniform" or c.super_batch % divisor == 0
+    if c.batch % divisor or c.guide_batch % WORLD or not super_batch_fits:
+        raise data.DataError(f"--batch {c.batch}, --guide-batch {c.guide_batch} and the super-batch of "
+                             f"{c.super_batch} must be multiples of {divisor}, --micro-batch times the "
+                             "number of processes")
+
+
+def refuse_guides(c, typed):
+    """DataError for a guide that is needed and not given, or given and not usable."""
+    if c.selector == "ajest" or c.class_weights == "dro":
+        if c.guide in ("none", "snapshot"):
+            raise data.DataError("--selector ajest and --class-weights dro need a --guide from the start: "
+                                 "train, or a checkpoint")
+    if c.guide == "none":
+        if c.guided_targets != 1:
+            raise data.DataError("--guided-targets needs a --guide")
+        if typed.get("guidance", 1) != 1:
+            raise data.DataError("--guidance needs a --guide")
+    if c.guide == "snapshot" and c.guide_steps > c.steps:
+        raise data.DataError(f"--guide-steps {c.guide_steps}: the snapshot is to be taken within the "
+                             f"{c.steps} --steps")
+
+
+def refuse_data(c, typed, dataset):
+    """DataError for data that the settings do not fit."""
+    if c.kind == "tree":
+        return
+    side = c.shape[-1]
+    if c.shape[1] != side or side % 8:
+        if c.kind == "latent":
+            raise data.DataError(f"{c.data}: the latents are {c.shape}, and the UNet needs square latents "
+                                 "whose side is a multiple of 8: encode images of another size")
+        raise data.DataError(f"--size: the UNet needs square images of a multiple of 8 pixels, not {c.shape}")
+    if c.kind != "image" and c.flip:
+        raise data.DataError("--flip is for images")
+    if c.targets == "exact":
+        raise data.DataError("--targets exact is for the tree")
+    if not c.classes:
+        for name in ("class_weights", "imbalance"):
+            if typed.get(name):
+                raise data.DataError(f"{flag(name)} needs labels: {c.data} has none")
+    if c.holdout >= len(dataset):
+        raise data.DataError(f"--holdout {c.holdout}: the data has no more examples")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Seconds of training. Reading the stopwatch waits for the device, so it is read at log lines only.
+
+class Stopwatch:
+    """Seconds since it was made, less what is not training."""
+
+    def __init__(self, device, seconds=0.0, compiled=False):
+        self.device = device
+        self.compiled = compiled
+        self.graphs = set()                                     # graphs that have run, and are compiled
+        self.before_step = None                                 # seconds before a step that is not timed
+        self.set(seconds)
+
+    def set(self, seconds):
+        """Go on from this many seconds."""
+        self.start = time.monotonic() - seconds
+
+    def read(self):
+        """The seconds, once the device has done what it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.monotonic() - self.start
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Leave out what happens inside: evaluation, saving."""
+        seconds = self.read()
+        yield
+        self.read()                                             # the device has finished what was inside
+        self.set(seconds)
+
+    def begin_step(self, graph):
+        """A step that is the first to run its graph compiles it, and is not timed."""
+        if self.compiled and graph not in self.graphs:
+            self.graphs.add(graph)
+            self.before_step = self.read()
+
+    def end_step(self):
+        """Forget the seconds of a step that compiled."""
+        if self.before_step is not None:
+            self.read()
+            self.set(self.before_step)
+            self.before_step = None
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Checkpoints: state_dicts and plain values, written by process 0. The log is in the checkpoint, and is
+# written once more as log.jsonl for people. The settings are in it, so that it knows which run it belongs to.
 
 def model_config(c, guide_path=None):
-    """What a checkpoint needs to rebuild its denoiser, and to sample it as the run is evaluated: plain
-    values. The guide's path is relative to the run folder."""
-    return dict(kind=c.kind, shape=c.shape, channels=c.channels, blocks=c.blocks, classes=c.net_classes,
-                class_names=c.class_names, class_shares=c.class_shares, dropout=c.dropout, sigma_data=0.5, bf16=c.bf16,
-                mean=c.mean, std=c.std, sigma_max=c.sigma_max, sampling_steps=c.sampling_steps,
-                guidance=c.guidance if guide_path else 1.0,
-                guide=os.path.relpath(*map(os.path.realpath, (guide_path, c.out))) if guide_path else None)
+    """The plain values with which a checkpoint's denoiser is rebuilt and is sampled as the run is evaluated.
+    The guide's path is relative to the run folder."""
+    config = dict(
+        kind=c.kind, shape=c.shape, channels=c.channels, blocks=c.blocks, classes=c.net_classes,
+        class_names=c.class_names, class_shares=c.class_shares, dropout=c.dropout, sigma_data=0.5,
+        mean=c.mean, std=c.std, sigma_max=c.sigma_max, sampling_steps=c.sampling_steps, bf16=c.bf16,
+        guidance=1.0, guide=None)
+    if guide_path is not None:
+        config["guidance"] = c.guidance
+        config["guide"] = os.path.relpath(os.path.realpath(guide_path), os.path.realpath(c.out))
+    return config
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Several processes (torchrun): each works on its rows of the one draw that (seed, step) defines, and process
-# 0 writes. For one process these do nothing.
-
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def join(device):
-    """Take part in the group of processes."""
-    if WORLD > 1:                                               # a long time-out: process 0 evaluates alone
-        torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo",
-                                             timeout=datetime.timedelta(days=1))
+def settings_to_save(c):
+    """The settings that a later start takes over and compares."""
+    names = [name for name in DEFAULTS if name not in MACHINE]
+    names += ["fingerprint", "data_summary", "file_hashes"]
+    return {name: getattr(c, name) for name in names}
 
 
-def barrier():
-    """Wait for the others: the files that process 0 has written are there."""
-    if WORLD > 1:
-        torch.distributed.barrier()
+def save(path, c, state, progress, log, guide_path=None):
+    """Write a checkpoint of `state`, {name: object with a state_dict}, and its log beside it."""
+    if RANK > 0:
+        return
+    content = {name: holder.state_dict() for name, holder in state.items()}
+    content["model_config"] = model_config(c, guide_path)
+    content["settings"] = settings_to_save(c)
+    content["progress"] = progress
+    content["log"] = log
+    lines = [json.dumps(record) + "\n" for record in log]
+    with data.writing(path.with_name("log.jsonl")) as file:
+        file.write("".join(lines).encode())
+    with data.writing(path) as file:
+        torch.save(content, file)
 
 
-def average(tensors):
-    """Average a list of tensors over the processes, in place and in one message."""
-    if WORLD > 1:
-        flat = torch.cat([t.flatten() for t in tensors])
-        torch.distributed.all_reduce(flat)
-        parts = (flat / WORLD).split([t.numel() for t in tensors])
-        torch._foreach_copy_(tensors, [part.view_as(t) for t, part in zip(tensors, parts)])
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Seconds of training run from `began`, which moves on over what is not training. Looking at the clock waits
-# for the device, so it is done at log lines, evaluations and the first step of a compiled graph.
-
-def now(c):
-    """Seconds on a clock, once the device has done what it was given."""
-    if c.device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.monotonic()
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Checkpoints: state_dicts and plain values, written by process 0. The log is in it, and written once more as
-# log.jsonl before it: after a kill between the two, the steps since are done and logged again.
-
-def save(path, c, parts, progress, log, guide_path=None):
-    """Write a checkpoint of `parts`, {name: what has a state_dict}, and its log beside it."""
-    if RANK == 0:
-        content = {name: part.state_dict() for name, part in parts.items()}
-        content |= dict(model_config=model_config(c, guide_path), progress=progress, log=log)
-        with data.writing(path.with_name("log.jsonl")) as file:
-            file.write("".join(json.dumps(record) + "\n" for record in log).encode())
-        with data.writing(path) as file:
-            torch.save(content, file)
-
-
-def restore(path, c, parts):
-    """-> (progress, log, model_config) of the checkpoint at `path`, whose state the parts take over."""
-    with data.reading(path, RESUMED):
+def restore(path, c, state):
+    """Fill `state` from the checkpoint at `path`; -> (progress, log, model configuration). DataError where it
+    is a checkpoint of another run, or none."""
+    with data.reading(path, RESUMABLE):
         checkpoint = model.load_checkpoint(path, c.device)
-        for name, part in parts.items():
-            part.load_state_dict(checkpoint[name])
+        refuse_other_run(c, checkpoint, path.parent)
+        for name, holder in state.items():
+            holder.load_state_dict(checkpoint[name])
         return dict(checkpoint["progress"]), list(checkpoint["log"]), checkpoint["model_config"]
 
 
-def cost_of(path):
-    """-> [seconds, examples] of training the checkpoint at `path`, with those of what it needed itself."""
-    with data.reading(path, "a checkpoint of this program"):
-        p = model.load_checkpoint(path)["progress"]
-        return [p["seconds"] + p["other_seconds"], p["examples_trained"] + p["other_examples"]]
-
-
 def load_matching(path, c):
-    """-> a trained denoiser for the same data, to guide by or to compare with; DataError where it is not."""
+    """-> the trained denoiser at `path`, for the same data as this run's; DataError where it is not."""
     with data.reading(path, "a denoiser for this data"):
         return model.load_denoiser(path, None, c.device, like=model_config(c))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The objective: EDM's loss, weighted by EDM2's learned uncertainty u(sigma). With guided targets the target
-# moves by 1 - 1/W of D - D_guide, so that at the fixed point D = D_guide + W (target - D_guide): the network
-# itself is the autoguided denoiser. u learns from the loss against x0, so that no target moves the weighting
-# of the noise levels.
+def cost_of(path):
+    """-> (seconds, examples) of training the checkpoint at `path`, with those of what it needed itself."""
+    with data.reading(path, "a checkpoint of this program"):
+        progress = model.load_checkpoint(path)["progress"]
+        seconds = progress["seconds"] + progress["other_seconds"]
+        examples = progress["examples_trained"] + progress["other_examples"]
+        return seconds, examples
 
-def make_objective(c, denoiser, guide_denoiser=None):
+
+def add_costs(costs):
+    """The sum of a list of (seconds, examples)."""
+    return sum(seconds for seconds, _ in costs), sum(examples for _, examples in costs)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The objective: EDM's loss, weighted by EDM2's learned uncertainty u(sigma) as loss / e^u + u. With guided
+# targets the target moves by 1 - 1/W of D - D_guide. At the fixed point D = D_guide + W (target - D_guide):
+# the network itself is the autoguided denoiser.
+
+def make_objective(c, denoiser, guide=None):
     """-> objective(x0, noise, sigma, labels, target, weight [b]) -> (weighted mean, losses [b])."""
     def objective(x0, noise, sigma, labels, target, weight):
-        """Of the parts of a data.Batch [b, ...] and the weights [b]."""
+        """Of the tensors of a data.Batch [b, ...] and weights [b]."""
         losses, D_x = denoiser.loss(x0, noise, sigma, labels, target)
-        total, D = losses, D_x.detach()
-        if guide_denoiser is not None:
+        D = D_x.detach()                                        # no gradient through a target
+        network_loss = losses
+        if guide is not None:
             with torch.no_grad():
-                D_guide = guide_denoiser(x0 + sigma.view(-1, *[1] * (x0.ndim - 1)) * noise, sigma, labels)
-            total = model.per_example_loss(D_x, target + (1 - 1 / c.guided_targets) * (D - D_guide), sigma)
+                D_guide = guide(x0 + model.per_example(sigma, x0) * noise, sigma, labels)
+            guided_target = target + (1 - 1 / c.guided_targets) * (D - D_guide)
+            network_loss = model.per_example_loss(D_x, guided_target, sigma)
         if c.kind != "tree":
+            # The loss stands twice: the network learns from its target with u fixed, u learns from the loss
+            # against x0 with the network fixed, so that no target moves the weighting of the noise levels.
             u = denoiser.u(sigma)
-            total = total / u.detach().exp() + model.per_example_loss(D, x0, sigma) / u.exp() + u
-        return (weight * total).mean(), losses.detach()
+            loss_against_x0 = model.per_example_loss(D, x0, sigma)
+            network_loss = network_loss / u.detach().exp() + loss_against_x0 / u.exp() + u
+        return (weight * network_loss).mean(), losses.detach()
     return model.accelerate(objective, c.device, c.bf16, c.compile)
 
 
-def micro_batches(n, size):
-    """Slices of n examples, of `size` each (None: one)."""
-    return [slice(i, i + (size or n)) for i in range(0, n, size or n)]
+def backward(objective, batch, weight, micro_batch=None):
+    """Add the gradients of the weighted mean loss of a data.Batch, in micro-batches; -> losses [b]."""
+    losses = []
+    for rows in data.micro_batches(len(batch.x0), micro_batch):
+        total, micro_losses = objective(*batch.rows(rows), weight[rows])
+        share = len(micro_losses) / len(batch.x0)
+        (total * share).backward()
+        losses.append(micro_losses)
+    return torch.cat(losses)
 
 
-def make_selectors(c, dataset, denoiser, ema, keep, guide_path):
-    """-> (Uniform for steps that do not select, Jest for those that do or None)."""
-    how = dict(device=c.device, pool=keep, flip=c.flip, P_mean=c.P_mean, P_std=c.P_std, targets=c.targets,
-               rows=slice(RANK, None, WORLD))
-    batches, super_batches = (data.Batches(dataset, n, c.seed, **how) for n in (c.batch, c.super_batch))
+def seed_dropout(c, step):
+    """Make dropout, too, a function of (seed, step); each process has its own."""
+    if c.dropout > 0:
+        torch.manual_seed(data.stream(c.seed, step, f"dropout{RANK or ''}").initial_seed())
+
+
+def make_losses(c, network):
+    """-> losses(data.Batch) -> the network's losses [n], without gradient and dropout."""
+    loss = model.accelerate(lambda *tensors: network.loss(*tensors)[0], c.device, c.bf16, c.compile)
+
+    @torch.no_grad()
+    def losses(batch):
+        """In micro-batches."""
+        training = network.training
+        network.eval()
+        micro_losses = []
+        for rows in data.micro_batches(len(batch.x0), c.micro_batch):
+            micro_losses.append(loss(*batch.rows(rows)))
+        network.train(training)
+        return torch.cat(micro_losses)
+    return losses
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The selectors: uniform batches of b, and JEST on super-batches of B. AJEST's reference is the guide.
+
+def make_selectors(c, dataset, denoiser, ema, examples, guide):
+    """-> (select.Uniform for steps that do not select, select.Jest for those that do; None without one)."""
+    make_batches = functools.partial(
+        data.Batches, dataset, seed=c.seed, device=c.device, pool=examples, flip=c.flip, P_mean=c.P_mean,
+        P_std=c.P_std, targets=c.targets, rows=slice(RANK, None, WORLD))
+    batches = make_batches(n=c.batch)
     if c.selector == "uniform":
         return select.Uniform(batches), None
-    if not c.compares:
-        reference = None
-    elif c.selector == "ajest" or c.reference:
-        reference = load_matching(guide_path if c.selector == "ajest" else c.reference, c)
-    else:                                                       # the learner's EMA, whose tensors it shares
-        reference = copy.deepcopy(denoiser).eval().requires_grad_(False)
-        for parameter, average in zip(reference.parameters(), ema.averages[c.ema[0]]):
-            parameter.data = average
+    super_batches = make_batches(n=c.super_batch)
 
-    def losses_of(network):
-        """A function of a data.Batch that returns the network's losses [n], without gradient and dropout."""
-        loss = model.accelerate(lambda *batch: network.loss(*batch)[0], c.device, c.bf16, c.compile)
-
-        @torch.no_grad()
-        def losses(batch):
-            denoiser.eval()
-            parts = [loss(*batch.rows(rows)) for rows in micro_batches(len(batch.x0), c.micro_batch)]
-            denoiser.train()
-            return torch.cat(parts)
-        return losses
-
-    def make_generator(step):
-        return data.stream(c.seed, step, f"select{RANK or ''}", c.device)
-
+    reference_loss = None
+    if c.selects_by_reference:
+        reference_loss = make_losses(c, reference_of(c, denoiser, ema, guide))
     uncertainty = None
     if c.kind != "tree" and c.score == "root-loss":
         uncertainty = torch.no_grad()(denoiser.u)
-    jest = select.Jest(super_batches, losses_of(denoiser), losses_of(reference) if reference else None,
-                       c.batch // WORLD, make_generator, c.chunks, c.joint, c.debias, uncertainty,
-                       kind=c.score, invert=c.invert, gain=c.gain)
-    return select.Uniform(super_batches if c.after == "full" else batches), jest
 
+    def make_generator(step):
+        """A process draws from its own super-batch, so it has a stream of its own."""
+        return data.stream(c.seed, step, f"select{RANK or ''}", c.device)
+
+    jest = select.Jest(
+        super_batches, make_losses(c, denoiser), reference_loss, c.batch // WORLD, make_generator,
+        chunks=c.chunks, joint=c.joint, debias=c.debias, uncertainty=uncertainty,
+        kind=c.score, invert=c.invert, gain=c.gain)
+    after = super_batches if c.after == "full" else batches
+    return select.Uniform(after), jest
+
+
+def reference_of(c, denoiser, ema, guide):
+    """The network that scores are taken against: the guide, a checkpoint, or the learner's average."""
+    if c.selector == "ajest":
+        return guide
+    if c.reference:
+        return load_matching(c.reference, c)
+    reference = copy.deepcopy(denoiser).eval().requires_grad_(False)
+    for parameter, mean in zip(reference.parameters(), ema.averages[c.ema[0]]):
+        parameter.data = mean                                   # shared: it moves with the average
+    return reference
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The guide: one network for AJEST's reference, guided targets and guided samples. A snapshot is a copy of the
+# learner, which takes over the learner's average at its step.
+
+def guide_is_ready(c, progress):
+    """Whether there is a guide at this point of the run: a snapshot has to be taken first."""
+    return c.guide != "none" and (c.guide != "snapshot" or progress["snapshot"])
+
+
+def load_guide(c, folder, guide_path, denoiser, progress):
+    """-> (the guide, None where the run needs none; the path of its checkpoint, None before a snapshot)."""
+    needed = needs_guide_to_train(c) or c.guidance != 1
+    if c.guide == "snapshot":
+        guide = copy.deepcopy(denoiser).eval().requires_grad_(False)
+        if not progress["snapshot"]:
+            return guide, None
+        guide_path = folder / "guide.pt"
+    if c.guide == "none" or not needed:
+        return None, guide_path
+    try:
+        trained = load_matching(guide_path, c)
+    except data.DataError as error:
+        way_out = "another --out starts anew"
+        if not needs_guide_to_train(c):
+            way_out = "--guidance 1 goes on without a guide"
+        raise data.DataError(f"{error} ({way_out})") from None
+    if c.guide == "snapshot":
+        guide.load_state_dict(trained.state_dict())
+        return guide, guide_path
+    return trained, guide_path
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What a training step updates: the network, its averages, and for the proxy the class weights.
 
 def learning_rate(c, step):
     """Inverse square root after `lr_decay` steps, after a linear warm-up (EDM2 eq. 67)."""
-    return c.lr / math.sqrt(max(step / c.lr_decay, 1)) * min(1, (step + 1) / (c.warmup + 1))
+    warmup = min(1, (step + 1) / (c.warmup + 1))
+    return c.lr / math.sqrt(max(step / c.lr_decay, 1)) * warmup
+
+
+class Learner:
+    """The network that is trained, its optimizer and its averages."""
+
+    def __init__(self, c):
+        self.c = c
+        torch.manual_seed(data.stream(c.seed, 0, "init").initial_seed())
+        denoiser = model.build(model_config(c)).to(c.device)
+        self.denoiser = denoiser.to(memory_format=torch.channels_last)
+        self.parameters = list(denoiser.parameters())
+
+        # EDM2 projects its weights to unit norm after each step. Compiled, this is few launches on a GPU.
+        self.project = model.project
+        self.make_finite = model.make_finite
+        self.projected_weights = model.projected_weights(denoiser)
+        if c.compile and self.projected_weights:
+            options = {"combo_kernels": True}
+            self.project = torch.compile(model.project, options=options)
+            self.make_finite = torch.compile(model.make_finite, options=options)
+        self.project(self.projected_weights)
+        self.ema = model.PowerEMA(denoiser, c.ema)
+
+        # EDM2 sums the loss over the D dimensions of an example, with eps 1e-8. This loss averages over them,
+        # so its gradients are D times smaller, and so is eps. The tree's official toy averages, with 1e-8.
+        eps = 1e-8
+        if c.kind != "tree":
+            eps = 1e-8 / math.prod(c.shape)
+        self.optimizer = torch.optim.Adam(self.parameters, lr=c.lr, betas=(0.9, 0.99), eps=eps, fused=True)
+
+    def update(self, step):
+        """One step of the optimizer with the gradients that the parameters have; what is not finite in them
+        becomes 0."""
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        average(gradients)
+        self.make_finite(gradients)
+        self.optimizer.param_groups[0]["lr"] = learning_rate(self.c, step)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.project(self.projected_weights)
+        self.ema.update(step + 1)
+
+
+class ClassWeightSearch:
+    """Group DRO over the classes: the learner is the proxy, whose losses are compared with a reference's."""
+
+    def __init__(self, c, dataset, examples, reference_path):
+        self.c = c
+        self.reference_path = reference_path
+        self.dro = data.GroupDRO(c.classes, c.eta).to(c.device)
+        self.counts = data.class_counts(dataset, examples).to(c.device)
+        self.reference_loss = make_losses(c, load_matching(reference_path, c))
+
+    def weights(self):
+        """The weights [classes] of this step's loss, of mean 1 over the examples."""
+        return data.class_weights_of_mean_one(self.dro.weights, self.counts)
+
+    def update(self, losses, batch):
+        """Learn from the proxy's losses [b] on this batch."""
+        excess = losses - self.reference_loss(batch)
+        totals = self.dro.totals(excess, batch.labels % self.c.classes)
+        average([totals])
+        self.dro.update(WORLD * totals)
+
+    def write(self, folder):
+        """Write class_weights.json: the mean of the weights over the steps, and what finding them cost."""
+        weights = data.class_weights_of_mean_one(self.dro.mean, self.counts)
+        costs = [cost_of(folder / "checkpoint.pt"), cost_of(self.reference_path)]
+        seconds, examples = add_costs(costs)
+        path = folder / "class_weights.json"
+        data.write_class_weights(path, self.c.class_names, weights, seconds, examples)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Log lines.
+
+def is_multiple(step, every):
+    """Whether this step ends a stretch of `every` steps (None: there are no stretches)."""
+    return every is not None and step > 0 and step % every == 0
+
+
+def is_log_step(c, step):
+    """Whether a log line follows this step; an evaluation has one before it."""
+    return step == c.steps or is_multiple(step, c.log_every) or is_multiple(step, c.eval_every)
+
+
+def is_eval_step(c, step):
+    """Whether the network is evaluated after this step."""
+    return step == c.steps or is_multiple(step, c.eval_every)
+
+
+class LossMonitor:
+    """The mean loss since the last log line; ends a run whose loss is not finite at two lines in a row."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.losses = []
+        self.bad_lines = 0                                      # in a row, up to the last line
+
+    def add(self, losses):
+        """The losses [b] of a step; nothing here waits for the device."""
+        self.losses.append(losses.mean())
+
+    def mean(self, step, last):
+        """The mean over steps and processes, a number. DataError where training has diverged."""
+        loss = torch.stack(self.losses).mean()
+        self.losses = []
+        average([loss])
+        loss = loss.item()
+        self.bad_lines = 0 if math.isfinite(loss) else self.bad_lines + 1
+        if self.bad_lines == 2 or (self.bad_lines == 1 and last):
+            kept = ""
+            if (self.folder / "checkpoint.pt").exists():
+                kept = "; the checkpoint of the last finite loss is kept"
+            raise data.DataError(f"{self.folder}: the loss is {loss} at step {step}: give --no-bf16, or a "
+                                 f"lower --lr with another --out{kept}")
+        return loss
+
+
+def learner_is_behind(jest):
+    """Whether the mean loss of the last super-batch is larger than the reference's: one number is read."""
+    excess = jest.mean_excess.clone()
+    average([excess])
+    return excess.item() > 0
+
+
+def show_progress(name, c, progress, loss):
+    """The progress line; the time left is estimated from the steps so far."""
+    if RANK > 0:
+        return
+    step = progress["step"]
+    milliseconds = 1000 * progress["seconds"] / step
+    left = round(milliseconds * (c.steps - step) / 1000)
+    memory = ""
+    if c.device.startswith("cuda"):
+        memory = f"  {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB"
+    data.progress(f"{name}: step {step}/{c.steps}  loss {loss:.4f}  {milliseconds:.3g} ms/step{memory}  "
+                  f"{left // 60}:{left % 60:02d} left", last=step == c.steps)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -410,389 +930,271 @@ def learning_rate(c, step):
 def train(
     c,                      # settings
     dataset,                # data.Dataset or data.Tree, on its device
-    out,                    # run folder; where it holds a checkpoint, the run goes on
-    keep=None,              # sorted indices to train on; None = all
-    guide_path=None,        # checkpoint: AJEST's reference, the guide of guided targets
-    class_weights=None,     # of the loss, [classes]; None = 1
+    folder,                 # run folder; where it holds a checkpoint, the run goes on
+    examples=None,          # sorted indices to train on; None = all
+    guide_path=None,        # the guide's checkpoint; None = there is none, or it is the snapshot
+    class_weights=None,     # of the loss [classes]; None = 1
     dro_reference=None,     # checkpoint: find the class weights by group DRO against it
-    evaluate=None,          # Evaluate: called every eval_every steps and at the end
-    costs=(0.0, 0),         # seconds and examples that were spent on what this training needs
+    evaluation=None,        # fid.Evaluation: called every eval_every steps and at the end
+    cost=(0.0, 0),          # seconds and examples that were spent on what this training needs
 ):
-    """Train until c.steps are done; writes checkpoint.pt and log.jsonl to `out`."""
-    out.mkdir(parents=True, exist_ok=True)
-    path, device = out / "checkpoint.pt", torch.device(c.device)
-    torch.manual_seed(data.stream(c.seed, 0, "init").initial_seed())
-    denoiser = model.build(model_config(c)).to(device).to(memory_format=torch.channels_last)
-    projected, project, make_finite = model.projected_weights(denoiser), model.project, model.make_finite
-    if c.compile and projected:
-        combine = functools.partial(torch.compile, options={"combo_kernels": True})
-        project, make_finite = combine(project), combine(make_finite)
-    project(projected)
-    ema = model.PowerEMA(denoiser, c.ema)
-    # EDM2 sums the loss over the D dimensions of an example and takes eps 1e-8. This loss averages over them,
-    # so gradients and eps are D times smaller. The tree's official toy averages, too, and takes 1e-8.
-    eps = 1e-8 if c.kind == "tree" else 1e-8 / math.prod(c.shape)
-    optimizer = torch.optim.Adam(denoiser.parameters(), lr=c.lr, betas=(0.9, 0.99), eps=eps, fused=True)
-    parts = dict(model=denoiser, ema=ema, optimizer=optimizer)
-    if dro_reference:
-        dro = parts["dro"] = data.GroupDRO(c.classes, c.eta).to(device)
-        counts = class_counts(dataset, keep).to(device)
-        reference_loss = model.accelerate(load_matching(dro_reference, c).loss, device, c.bf16, c.compile)
-    p, log = dict(step=0, seconds=0.0, examples_trained=0, examples_drawn=0, selecting=True, snapshot=False,
-                  other_seconds=costs[0], other_examples=costs[1]), []
-    old = None
+    """Train until c.steps are done; writes checkpoint.pt and log.jsonl to `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "checkpoint.pt"
+    learner = Learner(c)
+    denoiser, ema = learner.denoiser, learner.ema
+    search = None                                               # of class weights, where this is the proxy
+    state = dict(model=denoiser, ema=ema, optimizer=learner.optimizer)
+    if dro_reference is not None:
+        search = ClassWeightSearch(c, dataset, examples, dro_reference)
+        state["dro"] = search.dro
+
+    # Go on where the folder holds a checkpoint.
+    progress = dict(step=0, seconds=0.0, examples_trained=0, examples_drawn=0, selecting=True, snapshot=False,
+                    other_seconds=cost[0], other_examples=cost[1])
+    log = []
+    saved_config = None
     if path.exists():
-        p, log, old = restore(path, c, parts)
-    if c.guide == "snapshot":
-        guide_path = out / "guide.pt" if p["snapshot"] else None
-    if old and old != model_config(c, guide_path):              # another --guidance, say
-        save(path, c, parts, p, log, guide_path)
-    guided_targets = bool(guide_path) and c.guided_targets != 1
-    objective = make_objective(c, denoiser, load_matching(guide_path, c) if guided_targets else None)
-    uniform, jest = make_selectors(c, dataset, denoiser, ema, keep, guide_path)
-    began, saved = now(c) - p["seconds"], time.monotonic()
-    losses_seen, graphs, not_finite = [], set(), 0
+        progress, log, saved_config = restore(path, c, state)
+    guide, guide_path = load_guide(c, folder, guide_path, denoiser, progress)
+    if saved_config is not None and saved_config != model_config(c, guide_path):
+        save(path, c, state, progress, log, guide_path)         # sample.py reads a changed --guidance
 
-    for step in range(p["step"], c.steps + 1):
+    # Objectives, selectors, clock.
+    objective = make_objective(c, denoiser)
+    if c.guided_targets != 1:
+        guided_objective = make_objective(c, denoiser, guide)
+    uniform, jest = make_selectors(c, dataset, denoiser, ema, examples, guide)
+    if evaluation is not None:
+        average_network = copy.deepcopy(denoiser).eval().requires_grad_(False)
+    monitor = LossMonitor(folder)
+    clock = Stopwatch(torch.device(c.device), progress["seconds"], c.compile)
+    last_save = time.monotonic()
 
-        # Evaluate what the steps so far have made, unless the log has it. Until then it is saved already.
-        if evaluate and (step == c.steps or c.eval_every and step and step % c.eval_every == 0):
-            p["seconds"] = now(c) - began
-            if not not_finite and not evaluate.found(log, step, c.guidance if guide_path else 1.0):
-                save(path, c, parts, p, log, guide_path)
-                log += [dict(p, kind="eval") | record for record in evaluate(denoiser, ema, guide_path, p)]
-                save(path, c, parts, p, log, guide_path)
-            evaluate.show(log, step)
-            began = now(c) - p["seconds"]
+    for step in range(progress["step"], c.steps + 1):
+
+        # Evaluate what the steps so far have made, unless the log has it: an interrupted evaluation, or one
+        # with other metrics, is done by the same command again.
+        has_guide = guide_is_ready(c, progress)
+        if evaluation is not None and is_eval_step(c, step) and monitor.bad_lines == 0:
+            guidance = c.guidance if has_guide else 1.0
+            if not evaluation.is_logged(log, step, guidance):
+                with clock.paused():
+                    save(path, c, state, progress, log, guide_path)
+                    ema.copy_to(average_network, c.ema[0])
+                    log += evaluation(average_network, guide if guidance != 1 else None, progress)
+                    save(path, c, state, progress, log, guide_path)
+            evaluation.print_metrics(log, step, guidance)
         if step == c.steps:
             break
 
-        # A step that compiles its graphs is not timed.
-        selecting = bool(jest and p["selecting"] and not 0 < c.early_steps <= step)
-        selector, graph = jest if selecting else uniform, (selecting, guided_targets)
-        first = c.compile and graph not in graphs
-        if first:
-            graphs.add(graph)
-            p["seconds"] = now(c) - began
-
-        # Draw b examples, or let JEST choose b of a super-batch.
+        # The batch: drawn at random, or chosen by JEST from a super-batch.
+        selecting = jest is not None and progress["selecting"] and not 0 < c.early_steps <= step
+        guided = c.guided_targets != 1 and has_guide
+        clock.begin_step((selecting, guided))
+        selector = jest if selecting else uniform
         batch, weight = selector(step)
 
-        # Their weights in the loss: of the selection, and of the classes, given or found so far by group DRO.
-        if dro_reference:
-            class_weights = dro.weights * counts.sum() / counts.clamp_min(1)
+        # Class weights, given or found so far by group DRO.
+        if search is not None:
+            class_weights = search.weights()
         if class_weights is not None:
             weight = weight * class_weights[batch.labels % c.classes]
 
-        # Gradients, by micro-batches; what is not finite becomes 0.
-        if c.dropout:
-            torch.manual_seed(data.stream(c.seed, step, f"dropout{RANK or ''}").initial_seed())
-        losses = []
-        for rows in micro_batches(len(batch.x0), c.micro_batch):
-            total, part = objective(*batch.rows(rows), weight[rows])
-            (total * (len(part) / len(batch.x0))).backward()
-            losses.append(part)
-        losses = torch.cat(losses)
-        gradients = [parameter.grad for parameter in denoiser.parameters() if parameter.grad is not None]
-        average(gradients)
-        make_finite(gradients)
+        # Gradients, then optimizer step, projection of the weights, moving averages, group DRO.
+        seed_dropout(c, step)
+        losses = backward(guided_objective if guided else objective, batch, weight, c.micro_batch)
+        learner.update(step)
+        if search is not None:
+            search.update(losses, batch)
+        monitor.add(losses)
+        progress["step"] = step + 1
+        progress["examples_trained"] += len(batch.x0) * WORLD
+        progress["examples_drawn"] += selector.drawn
+        clock.end_step()
 
-        # Step, projection, averages; group DRO learns from the proxy's losses in excess of the reference's.
-        optimizer.param_groups[0]["lr"] = learning_rate(c, step)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        project(projected)
-        ema.update(step + 1)
-        if dro_reference:
-            with torch.no_grad():
-                reference = [reference_loss(*batch.rows(rows))[0]
-                             for rows in micro_batches(len(batch.x0), c.micro_batch)]
-                totals = dro.totals(losses - torch.cat(reference), batch.labels % c.classes)
-            average([totals])
-            dro.update(WORLD * totals)
-        losses_seen.append(losses.mean())
-        p["step"], p["examples_trained"] = step + 1, p["examples_trained"] + len(batch.x0) * WORLD
-        p["examples_drawn"] += selector.drawn
-        if first:
-            began = now(c) - p["seconds"]
-
-        # The snapshot: the learner's own EMA becomes the guide.
+        # The snapshot: the guide takes over the learner's average.
         if c.guide == "snapshot" and step + 1 == c.guide_steps:
-            p["seconds"], p["snapshot"], guide_path = now(c) - began, True, out / "guide.pt"
-            save(guide_path, c, dict(model=denoiser, ema=ema), p, log)
-            barrier()
-            if c.guided_targets != 1:
-                guided_targets, objective = True, make_objective(c, denoiser, load_matching(guide_path, c))
-            began = now(c) - p["seconds"]
+            progress["snapshot"] = True
+            progress["seconds"] = clock.read()
+            with clock.paused():
+                ema.copy_to(guide, c.ema[0])
+                guide_path = folder / "guide.pt"
+                save(guide_path, c, dict(model=denoiser, ema=ema), progress, log)
 
-        # Log and save. The early rule: selection ends once the learner beats the reference.
-        last = step + 1 == c.steps
-        if last or any(every and (step + 1) % every == 0 for every in (c.log_every, c.eval_every)):
-            if selecting and c.until_better and (last or (step + 1) % c.log_every == 0):
-                excess = jest.mean_excess.clone()
-                average([excess])
-                p["selecting"] = excess.item() > 0
-            average([loss := torch.stack(losses_seen).mean()])
-            loss, losses_seen, p["seconds"] = loss.item(), [], now(c) - began
-            log.append(dict(p, kind="train", selecting=selecting and p["selecting"], loss=loss,
-                            lr=learning_rate(c, step),
-                            ln_sigma=batch.sigma.log().mean().item()))
-            not_finite = 0 if math.isfinite(loss) else not_finite + 1
-            if not_finite == 2 or not_finite and last:
-                raise data.DataError(f"{out.name}: the loss is {loss} at step {p['step']}: give a lower --lr "
-                                     "or --no-bf16; the last checkpoint is kept")
-            if RANK == 0:
-                show_progress(out.name, c, p, loss)
-            if not not_finite and (last or time.monotonic() - saved >= c.save_every):
-                save(path, c, parts, p, log, guide_path)
-                saved = time.monotonic()
-            began = now(c) - p["seconds"]
-    if dro_reference and RANK == 0:
-        found = (dro.mean * counts.sum() / counts.clamp_min(1)).tolist()
-        with data.writing(out / "class_weights.json") as file:
-            reference_costs = cost_of(dro_reference)
-            content = dict(weights=dict(zip(c.class_names, found)), seconds=p["seconds"] + reference_costs[0],
-                           examples=p["examples_trained"] + reference_costs[1])
-            file.write(json.dumps(content, indent=1).encode())
+        # Log and save. Selection ends at a log line that finds the learner ahead of the reference.
+        if is_log_step(c, step + 1):
+            last = step + 1 == c.steps
+            if selecting and c.until_better and (last or is_multiple(step + 1, c.log_every)):
+                progress["selecting"] = learner_is_behind(jest)
+            progress["seconds"] = clock.read()
+            loss = monitor.mean(step + 1, last)
+            log.append(dict(progress, kind="train", selecting=selecting and progress["selecting"], loss=loss,
+                            lr=learning_rate(c, step), ln_sigma=batch.sigma.log().mean().item()))
+            show_progress(folder.name, c, progress, loss)
+            if monitor.bad_lines == 0 and (last or time.monotonic() - last_save >= c.save_every):
+                with clock.paused():
+                    save(path, c, state, progress, log, guide_path)
+                last_save = time.monotonic()
+
+    if search is not None and RANK == 0:
+        search.write(folder)
     barrier()
 
 
-def show_progress(name, c, p, loss):
-    """The progress line; the time that is left is that of the steps so far."""
-    milliseconds = 1000 * p["seconds"] / p["step"]
-    left = round(milliseconds * (c.steps - p["step"]) / 1000)
-    memory = f"  {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB" if c.device.startswith("cuda") else ""
-    data.progress(f"{name}: step {p['step']}/{c.steps}  loss {loss:.4f}  {milliseconds:.3g} ms/step{memory}  "
-                  f"{left // 60}:{left % 60:02d} left", last=p["step"] == c.steps)
-
-
 # ------------------------------------------------------------------------------------------------------------
-# Evaluation: the same noise for every run and step, unguided and guided; metrics by name and a picture.
+# The stages of a run: coreset, guide, class weights, the model. The guide and the proxy of group DRO are
+# trained by `train`, each in a sub-folder: it resumes, is skipped when done, and its checkpoint says what it
+# cost.
 
-class Evaluate:
-    """evaluate(denoiser, ema, guide_path, p) -> records of the EMA network, one unguided and, with a guide,
-    one guided; draws samples.png."""
-
-    def __init__(self, c, dataset, out, held_out=None):
-        self.c, self.dataset, self.out, self.held_out = c, dataset, out, held_out
-        self.main, self.guide, self.guide_costs = None, None, (0.0, 0)  # of a guide that p does not count
-        if c.kind == "tree":
-            self.noise = torch.randn(c.eval_samples, 2, generator=data.stream(0, 0, "eval"))
-            self.real = guide.heun(dataset.denoise, self.noise[:4096].to(c.device),
-                                   steps=c.sampling_steps, sigma_max=c.sigma_max)       # exact end points
-            features = "tree"
-        elif c.metrics == "none":
-            features = "none"
-        else:
-            self.net = fid.network(c.metrics, c.device)
-            self.real, features = fid.data_features(self.net, dataset, "features of the data")[0], self.net.id
-            self.moments = fid.moments(self.real)
-            fid.warn_of_few(c.eval_samples, "--eval-samples")
-        self.how = dict(features=features, data=c.fingerprint[:8], samples=c.eval_samples,
-                        sampling_steps=c.sampling_steps)
-
-    def found(self, log, step, guidance):
-        """The records of such an evaluation in the log: with these features, samples and Heun steps."""
-        wanted = dict(self.how, step=step, kind="eval", guidance=guidance)
-        return [record for record in log if wanted.items() <= record.items()]
-
-    def show(self, log, step):
-        """Print the metrics of a step, unguided and guided."""
-        for w in dict.fromkeys((1.0, self.c.guidance)):
-            for record in self.found(log, step, w)[-1:]:
-                metrics = {key: value for key, value in record.items() if key not in fid.NOT_METRICS}
-                print(f"step {step}, {'unguided' if w == 1 else f'guidance {w:g}'}:  "
-                      + "  ".join(f"{key} {value:.4f}" for key, value in metrics.items()), flush=True)
-
-    def __call__(self, denoiser, ema, guide_path, p):
-        c, records, pictures = self.c, [], []
-        if self.main is None:                                   # compiled once for all evaluations
-            self.average = copy.deepcopy(denoiser).eval().requires_grad_(False)
-            self.main = model.accelerate(self.average, c.device, c.bf16, c.compile)
-        if self.guide is None and guide_path and c.guidance != 1:
-            self.guide = model.accelerate(load_matching(guide_path, c), c.device, c.bf16, c.compile)
-        ema.copy_to(self.average, c.ema[0])
-        for w in [1.0] + [c.guidance] * (self.guide is not None):
-            data.progress(f"evaluating, guidance {w:g}")
-            x, metrics = self.draw(guide.autoguided(self.main, self.guide, w))
-            if w == 1 and c.kind == "tree":
-                metrics["score_error"] = fid.score_error(self.main, self.dataset, **c.eval_levels)
-            if w == 1 and self.held_out is not None:
-                metrics["validation_loss"] = self.validation_loss()
-            seconds, examples = self.guide_costs if w != 1 else (0.0, 0)
-            records.append(dict(self.how, guidance=w, other_seconds=p["other_seconds"] + seconds,
-                                other_examples=p["other_examples"] + examples, **metrics))
-            pictures.append(data.density_picture(x) if c.kind == "tree" else
-                            data.image_grid(x[:80], min(c.classes or 10, 10)))
-        titles = ["unguided samples", f"guided samples, w = {c.guidance:g}"][:len(pictures)]
-        if c.kind == "tree":
-            pictures, titles = [data.density_picture(self.dataset), *pictures], ["exact density", *titles]
-        with data.writing(self.out / "samples.png") as file:
-            data.panels(pictures, titles).save(file, format="PNG")
-        return records
-
-    def draw(self, denoiser):
-        """Samples [n, ...] and their metrics."""
-        c, how = self.c, dict(steps=self.c.sampling_steps, sigma_max=self.c.sigma_max)
-        if c.kind == "tree":
-            x = torch.cat([guide.heun(denoiser, part.to(c.device), **how) for part in self.noise.split(2048)])
-            return x.cpu(), fid.tree_metrics(x, self.dataset, self.real)
-        labels = data.classes_in_turn(c.class_shares, torch.arange(c.eval_samples)) if c.net_classes else None
-        batch = min(c.micro_batch or c.batch, c.eval_samples)
-        x = torch.cat([data.decode(x, model_config(c)).cpu() for x in guide.generate(
-            denoiser, range(c.eval_samples), labels, batch, c.device, **how)])
-        if c.metrics == "none":
-            return x, {}
-        fake = fid.extract(self.net, x)
-        return x, fid.image_metrics(self.real, fake, self.net.id, c.device, self.moments)
-
-    @torch.no_grad()
-    def validation_loss(self):
-        """Mean denoising loss on held-out examples, at noise that is the same for every run of this batch."""
-        c, losses = self.c, []
-        batches = data.Batches(self.dataset, c.batch, 0, c.device, flip=c.flip, purpose="validation-",
-                               **c.eval_levels)
-        for step, index in enumerate(self.held_out.split(c.batch)):
-            padded = torch.cat([index, index[:1].expand(c.batch - len(index))])         # one shape
-            batch = batches.of(padded, step)
-            D_x = torch.cat([self.main(part.x, part.sigma, part.labels) for part in map(
-                batch.rows, micro_batches(c.batch, c.micro_batch))])
-            losses.append(model.per_example_loss(D_x, batch.x0, batch.sigma)[:len(index)])
-        return torch.cat(losses).mean().item()
+SEED_OF_STAGE = {"guide": 1_000_003, "proxy": 2_000_003}        # the proxy is compared on other draws than
+                                                                # those that its reference was fitted to
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The stages of a run: coreset, guide, class weights, the model. One that is trained is `train` in a
-# sub-folder: it resumes, is skipped when done, and its checkpoint says what it cost.
-
-def stage(c, dataset, out, keep, **more):
-    """Train a small model of the guide's size, without dropout; -> its checkpoint's path. The proxy's seed is
-    not its reference's, so that the two are not compared on the draws that the reference was fitted to."""
-    seed = c.seed + (2_000_003 if out.name == "proxy" else 1_000_003)
-    small = dict(selector="uniform", guide="none", guided_targets=1.0, dropout=0.0, channels=c.guide_channels,
-                 batch=c.guide_batch, steps=c.guide_steps, seed=seed)
-    train(argparse.Namespace(**{**vars(c), **small}), dataset, out, keep, **more)
-    return out / "checkpoint.pt"
+def stage_settings(c, name, **changes):
+    """The settings of a stage: a model of the guide's size on uniform batches, without guide and dropout."""
+    values = vars(c) | {flag: DEFAULTS[flag] for flag in SELECTION}
+    values |= dict(
+        seed=c.seed + SEED_OF_STAGE[name], channels=c.guide_channels, batch=c.guide_batch,
+        steps=c.guide_steps, dropout=0.0, selector="uniform", reference=None, guide="none",
+        guided_targets=1.0, guidance=1.0, class_weights=None, eta=DEFAULTS["eta"])
+    values["file_hashes"] = {flag: c.file_hashes[flag] for flag in c.file_hashes if flag == "prune_features"}
+    return argparse.Namespace(**(values | changes))
 
 
-def choose_examples(c, dataset, out):
-    """-> (the pool of examples that exist, those of it to train on, those held out), sorted indices or None,
-    and the seconds that pruning took. --keep draws coreset.png."""
+def choose_examples(c, dataset, folder):
+    """-> (the pool of examples that exist, those of it to train on, those held out, sorted indices or None;
+    the seconds that pruning took). --keep draws coreset.png."""
     if c.kind == "tree":
         return None, None, None, 0.0
-    order, began = torch.randperm(len(dataset), generator=data.stream(0, 0, "holdout")), time.monotonic()
-    held_out, pool = (part.sort().values for part in order.tensor_split([c.holdout]))
-    held_out = held_out if c.holdout else None
-    if c.imbalance:
-        pool = pool[data.long_tail(dataset.labels[pool], c.imbalance, c.seed)]
+    pool, held_out = data.split_pool(dataset, c.holdout, c.imbalance, c.seed)
     if c.keep is None:
         return pool, pool, held_out, 0.0
-    feature_seconds = 0.0
-    if c.prune == "random":
-        features = torch.empty(len(pool), 0)
-    elif c.prune_features == "pixels":
-        features = data.pixel_features(dataset, pool)
-    else:
-        net = fid.network(c.prune_features, c.device)
-        features, feature_seconds = fid.data_features(net, dataset, "features of the data")
-        features, began = features[pool], time.monotonic()      # a cache may have them: their own time counts
-    labels = None if dataset.labels is None else dataset.labels[pool]
+    features, feature_seconds = features_to_prune(c, dataset, pool)
+    start = time.monotonic()
+    labels = None
+    if dataset.labels is not None:
+        labels = dataset.labels[pool]
     priority = data.priorities(features, labels, c.prune, seed=c.seed)
-    keep = data.prune(priority, labels, c.keep)
-    seconds = feature_seconds + time.monotonic() - began
+    kept = data.prune(priority, labels, c.keep)                 # positions in the pool
+    seconds = feature_seconds + time.monotonic() - start
     if RANK == 0:
-        with data.writing(out / "coreset.png") as file:
-            data.coreset_picture(dataset, pool, priority, keep).save(file, format="PNG")
-    return pool, pool[keep], held_out, seconds
+        picture = data.coreset_picture(dataset, pool, priority, kept)
+        with data.writing(folder / "coreset.png") as file:
+            picture.save(file, format="PNG")
+    return pool, pool[kept], held_out, seconds
 
 
-def class_counts(dataset, keep=slice(None)):
-    """How many examples of each class there are, of those to keep: float32 [classes]."""
-    return torch.bincount(dataset.labels[keep], minlength=dataset.classes).float()
-
-
-def read_class_weights(c, path, counts):
-    """-> weights [classes] of mean 1 over the examples, from a class_weights.json or inverse to frequency."""
-    seconds, examples = 0.0, 0
-    if path == "inverse":
-        weights = 1 / counts.clamp_min(1)
-    else:
-        with data.reading(path, "class weights for these classes"):
-            content = json.loads(Path(path).read_text())
-            named = dict(content["weights"])
-            weights = torch.tensor([float(named.pop(name)) for name in c.class_names])
-            seconds, examples = float(content.get("seconds", 0)), int(content.get("examples", 0))
-            if named or not 0 <= weights.min() <= weights.max() < math.inf or not (weights * counts).sum():
-                raise ValueError("there are others, or they are negative, not finite or all 0")
-    return (weights * counts.sum() / (weights * counts).sum()).to(c.device), (seconds, examples)
+def features_to_prune(c, dataset, pool):
+    """-> (features [n, d] of the examples at `pool`, the seconds that they took). Cached features keep their
+    seconds. `random` needs no features."""
+    if c.prune == "random":
+        return torch.empty(len(pool), 0), 0.0
+    if c.prune_features == "pixels":
+        start = time.monotonic()
+        features = data.pixel_features(dataset, pool)
+        return features, time.monotonic() - start
+    network = fid.network(c.prune_features, c.device)
+    features, seconds = fid.data_features(network, dataset, "features of the data")
+    return features[pool], seconds
 
 
 @contextlib.contextmanager
-def alone(out):
-    """Hold the run folder while the block runs; DataError where another process trains in it."""
-    out.mkdir(parents=True, exist_ok=True)
-    folder = os.open(out, os.O_RDONLY)                          # locked until it is closed, by a kill, too
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+def locked(folder):
+    """Hold the run folder while the block runs; DataError where another process trains in it. The lock ends
+    with the process, also when that is killed. Without fcntl (Windows) nothing is locked."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is None or RANK > 0:
         yield
-    except BlockingIOError:
-        raise data.DataError(f"{out}: another process trains in this folder") from None
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise data.DataError(f"{folder}: another process trains in this folder") from None
+        yield
     finally:
-        os.close(folder)
+        os.close(handle)
+
+
+def run_stages(c, dataset, folder):
+    """Coreset, guide, class weights, and the model with its evaluation."""
+    pool, examples, held_out, prune_seconds = choose_examples(c, dataset, folder)
+    evaluation = None
+    if c.eval_samples > 0 and RANK == 0:
+        evaluation = fid.Evaluation(c, dataset, folder, held_out)
+    if RANK == 0:
+        barrier()                                               # the others read the caches that it filled
+
+    # The files that were given are opened before anything is trained.
+    guide_path = file_named_by(c, "guide")
+    reference_path = file_named_by(c, "reference")
+    for path in (guide_path, reference_path):
+        if path is not None and (path != guide_path or needs_guide_to_train(c) or c.guidance != 1):
+            load_matching(path, c)
+    class_weights = None
+    costs = [(prune_seconds, 0)]                                # of all that was done for this model
+    if c.class_weights is not None:
+        counts = data.class_counts(dataset, examples)
+    if c.class_weights == "inverse":
+        class_weights = data.inverse_frequency(counts)
+    elif c.class_weights not in (None, "dro"):
+        class_weights, seconds, examples_trained = data.read_class_weights(c.class_weights, c.class_names)
+        costs.append((seconds, examples_trained))
+    if RANK == 0:
+        with data.writing(folder / "config.json") as file:      # for people
+            file.write(json.dumps(vars(c), indent=1).encode())
+        print(f"{folder}: {c.channels} channels, {c.steps:,} steps of {c.batch}, {c.selector} batches, "
+              f"guide {c.guide}, {c.eval_samples:,} samples scored", file=sys.stderr)
+
+    # The guide. For group DRO it is the reference, too, and then sees the whole pool.
+    if c.guide == "train":
+        if c.class_weights == "dro":
+            train(stage_settings(c, "guide", keep=None), dataset, folder / "guide", pool)
+        else:
+            train(stage_settings(c, "guide"), dataset, folder / "guide", examples)
+        guide_path = folder / "guide" / "checkpoint.pt"
+
+    # Class weights: a proxy finds them by group DRO against the reference.
+    if c.class_weights == "dro":
+        proxy_settings = stage_settings(c, "proxy", eta=c.eta)
+        train(proxy_settings, dataset, folder / "proxy", examples, dro_reference=guide_path)
+        file = folder / "proxy" / "class_weights.json"
+        class_weights, seconds, examples_trained = data.read_class_weights(file, c.class_names)
+        costs.append((seconds, examples_trained))               # of the proxy and of its reference
+    if class_weights is not None:
+        class_weights = data.class_weights_of_mean_one(class_weights, counts).to(c.device)
+
+    # What the model costs besides its own training. A guide that is used only in sampling counts only for
+    # guided samples.
+    needed = {reference_path}
+    if needs_guide_to_train(c) and c.class_weights != "dro":
+        needed.add(guide_path)
+    elif guide_path is not None and evaluation is not None and c.class_weights != "dro":
+        evaluation.guide_costs = cost_of(guide_path)
+    costs += [cost_of(path) for path in needed if path is not None]
+    cost = add_costs(costs)
+    train(c, dataset, folder, examples, guide_path, class_weights, evaluation=evaluation, cost=cost)
+    if RANK == 0:
+        names = sorted(path.name for path in folder.iterdir())
+        print(f"wrote {folder}/: {', '.join(names)}")
 
 
 def main(argv=None):
-    """All stages: coreset, guide, class weights, the model and its evaluation."""
-    args = build_parser().parse_args(argv)
-    join(args.device)
+    """Train as the flags say, and resume where the run folder holds a checkpoint."""
+    typed = typed_flags(argv)
+    join(typed.get("device", DEFAULTS["device"]))
     if RANK > 0:
         barrier()                                               # process 0 fills the caches
-    c, dataset = settings(argv)
+    c, dataset = settings(typed)
     if c.kind == "tree" and c.device == "cpu":
         torch.set_num_threads(1)                                # its matrices are too small for two
-    out = Path(c.out)
-    with alone(out) if RANK == 0 else contextlib.nullcontext():
-        pool, keep, held_out, seconds = choose_examples(c, dataset, out)
-        evaluate = Evaluate(c, dataset, out, held_out) if c.eval_samples and RANK == 0 else None
+    folder = Path(c.out)
+    with locked(folder):
         if RANK == 0:
-            barrier()
-
-        # Files that are given, before anything is trained.
-        guide_path, weights, needs, weight_costs = None, None, set(), (0.0, 0)
-        if c.guide not in ("train", "snapshot", "none"):
-            guide_path = Path(model.checkpoint_of(c.guide))
-            load_matching(guide_path, c)
-        if c.reference:
-            needs.add(reference := Path(model.checkpoint_of(c.reference)))
-            load_matching(reference, c)
-        if c.class_weights not in (None, "dro"):
-            weights, weight_costs = read_class_weights(c, c.class_weights, class_counts(dataset, keep))
-        if RANK == 0:
-            with data.writing(out / "config.json") as file:
-                file.write(json.dumps(vars(c), indent=1).encode())
-            print(f"{out}: {c.channels} channels, {c.steps:,} steps of {c.batch}, {c.selector} batches, "
-                  f"guide {c.guide}, {c.eval_samples:,} samples scored", file=sys.stderr)
-
-        # The guide; with DRO it is also the reference, and then sees the whole pool. A proxy finds the class
-        # weights against it.
-        if c.guide == "train":
-            guide_path = stage(c, dataset, out / "guide", pool if c.class_weights == "dro" else keep)
-        chosen_by = c.selector == "ajest" and c.compares
-        if guide_path and (chosen_by or c.class_weights == "dro" or c.guided_targets != 1):
-            needs.add(guide_path)                               # else only guided samples need it
-        if c.class_weights == "dro":
-            proxy = stage(c, dataset, out / "proxy", keep, dro_reference=guide_path)
-            needs.add(proxy)
-            path = proxy.with_name("class_weights.json")
-            weights, _ = read_class_weights(c, path, class_counts(dataset, keep))     # needs has their cost
-
-        # The model. What it needed counts, and a guide that it did not need counts for guided samples.
-        costs = [sum(cost) for cost in zip((seconds, 0), weight_costs, *map(cost_of, needs))]
-        if evaluate and guide_path and guide_path not in needs:
-            evaluate.guide_costs = cost_of(guide_path)
-        train(c, dataset, out, keep, guide_path, weights, evaluate=evaluate, costs=costs)
-        if RANK == 0:
-            print(f"wrote {out}/: {', '.join(sorted(path.name for path in out.iterdir()))}")
+            data.remove_leftovers(folder)
+        run_stages(c, dataset, folder)
     if WORLD > 1:
         torch.distributed.destroy_process_group()
 

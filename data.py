@@ -531,15 +531,13 @@ def _walk(folder, prefix="", above=()):
     if identity in above:
         raise ValueError(f"{prefix} leads back to a folder above it by symbolic links")
     with os.scandir(folder) as entries:
-        names = sorted(entry.name for entry in entries)
-    for name in names:
-        if _is_hidden(name):
-            continue
-        entry_path = os.path.join(folder, name)
-        if os.path.isdir(entry_path):
-            yield from _walk(entry_path, f"{prefix}{name}/", (*above, identity))
+        visible = [entry for entry in entries if not _is_hidden(entry.name)]
+    visible.sort(key=lambda entry: entry.name)
+    for entry in visible:
+        if entry.is_dir():
+            yield from _walk(entry.path, f"{prefix}{entry.name}/", (*above, identity))
         else:
-            yield prefix + name
+            yield prefix + entry.name
 
 
 def _zip_members(source):

@@ -1652,27 +1652,38 @@ def test_the_progress_line_fits_the_terminal(monkeypatch, columns, width):
 
 def data_tree(classes):
     """Weight [K], mean [K, 2] and covariance [K, 2, 2] of the mixture."""
-    random, scale, components = np.random.RandomState(2), np.array([1.3136, 1.3844]), []
+    random = np.random.RandomState(2)
+    scale = np.array([1.3136, 1.3844])
+    weights = []
+    means = []
+    covs = []
     for name, start in (("A", math.pi / 4), ("B", 5 * math.pi / 4)):
         todo = [(0, np.array([0.0030, 0.0325]), start, 0)]
         while todo:
-            d, p, a, sign = todo.pop()
-            a += sign * 0.7 ** (d - 1) * (0.2 * random.randn() + 1) if sign else 0
+            d, position, a, sign = todo.pop()
+            if sign != 0:
+                a += sign * 0.7 ** (d - 1) * (0.2 * random.randn() + 1)
             if d == 7:                                          # its angle was drawn, but it does not grow
                 continue
-            u, L = np.array([math.cos(a), math.sin(a)]), 0.292 * 0.8 ** d * (0.2 * random.randn() + 1)
-            h, q = 0.2 * 0.8 ** d / L, 0.06 * L * scale
-            cov = (np.outer(u, u) + h ** 2 * (np.eye(2) - np.outer(u, u))) * np.outer(q, q)
-            for t in np.linspace(0.07, 0.93, 8):
-                components += [(L * 0.5 ** d, (p + u * L * t) * scale, cov)] if name in classes else []
-            todo += [(d + 1, p + u * L, a, sign) for sign in (-1, 1)]           # last in, first out
-    weight, mean, cov = (torch.from_numpy(np.array(part)) for part in zip(*components))
-    return weight / weight.sum(), mean, cov
+            u = np.array([math.cos(a), math.sin(a)])
+            L = 0.292 * 0.8 ** d * (0.2 * random.randn() + 1)
+            h = 0.2 * 0.8 ** d / L
+            q = 0.06 * L * scale
+            if name in classes:
+                for t in np.linspace(0.07, 0.93, 8):
+                    weights.append(L * 0.5 ** d)
+                    means.append((position + u * L * t) * scale)
+                    covs.append((np.outer(u, u) + h ** 2 * (np.eye(2) - np.outer(u, u))) * np.outer(q, q))
+            todo += [(d + 1, position + u * L, a, sign) for sign in (-1, 1)]    # last in, first out
+    weight = torch.tensor(weights, dtype=torch.float64)
+    return weight / weight.sum(), torch.from_numpy(np.array(means)), torch.from_numpy(np.array(covs))
 
 
 @pytest.mark.parametrize("classes", ["A", "B", "AB"])
 def test_tree_is_the_mixture_of_its_description(classes):
-    (weight, mean, cov), tree, generator = data_tree(classes), data.Tree(classes), data.stream(0, 0, "x")
+    weight, mean, cov = data_tree(classes)
+    tree = data.Tree(classes)
+    generator = data.stream(0, 0, "x")
     x = tree.sample(50_000, generator).double()
     w = torch.randn(2, 100, generator=generator).double() * torch.logspace(-1, 2, 100)
     expect = weight.cdouble() @ (1j * (mean @ w) - (w * (cov @ w)).sum(1) / 2).exp()
@@ -1736,7 +1747,8 @@ def test_batch_is_what_the_index_says_and_flips_are_labelled(kind, labelled, fli
     batch = batches[0]
     mirrored = batch.labels >= max(dataset.classes, 1) if flip else torch.zeros(4096, dtype=torch.bool)
     plain = torch.where(mirrored[:, None, None, None], batch.x0.flip(3), batch.x0)
-    mean, std = (torch.tensor(part).view(-1, 1, 1) for part in (dataset.mean, dataset.std))
+    mean = torch.tensor(dataset.mean).view(-1, 1, 1)
+    std = torch.tensor(dataset.std).view(-1, 1, 1)
     every = (dataset.x - mean) / (2 * std)
     index = torch.cdist(plain.flatten(1), every.flatten(1)).argmin(1)           # which examples they are
     torch.testing.assert_close(plain, every[index])
@@ -1751,7 +1763,8 @@ def test_batch_is_what_the_index_says_and_flips_are_labelled(kind, labelled, fli
 def test_classes_come_in_turn_or_in_their_shares():
     for classes in 1, 3, 1000:
         index = torch.arange(10 ** 5, 10 ** 5 + 5000)
-        assert torch.equal(data.classes_in_turn([1 / classes] * classes, index), index % classes)
+        shares = torch.full((classes,), 1 / classes, dtype=torch.float64).tolist()
+        assert torch.equal(data.classes_in_turn(shares, index), index % classes)
     shares = torch.tensor([0.7, 0.02, 0.0, 0.28])
     for part in torch.arange(4000).split(1000):
         counts = torch.bincount(data.classes_in_turn(shares.tolist(), part), minlength=4)
@@ -1784,7 +1797,8 @@ def test_a_purpose_gives_batches_streams_of_their_own():
 
 
 def test_exact_targets_are_the_exact_denoiser():
-    sample, exact = (data.Batches(TREE, 64, 3, targets=name, P_mean=-2.3)[0] for name in ("sample", "exact"))
+    sample = data.Batches(TREE, 64, 3, targets="sample", P_mean=-2.3)[0]
+    exact = data.Batches(TREE, 64, 3, targets="exact", P_mean=-2.3)[0]
     torch.testing.assert_close((*sample[:3], sample.target), (*exact[:3], exact.x0))
     x, sigma = exact.x0 + exact.sigma[:, None] * exact.noise, exact.sigma.double()
     expect = x + sigma[:, None] ** 2 * TREE.score(x.double(), sigma)            # Tweedie's formula
@@ -1794,10 +1808,12 @@ def test_exact_targets_are_the_exact_denoiser():
 # ------------------------------------------------------------------------------------------------------------
 # Loading: published layouts, and images as they are seen
 
-def data_file(image, form="PNG", **how):
+def data_file(image, form="PNG", **options):
     """File content of a Pillow image or of pixels [H, W] or [H, W, C]."""
     file = io.BytesIO()
-    (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(file, form, **how)
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    image.save(file, form, **options)
     return file.getvalue()
 
 
@@ -1809,10 +1825,13 @@ def data_write(path, files):
         with zipfile.ZipFile(path, "w") as archive:
             for name, content in files.items():
                 archive.writestr(name if path.suffix == ".zip" else name.replace("/", "\\"), content)
-    for name, content in files.items() if not path.suffix else ():
-        (path / name).parent.mkdir(parents=True, exist_ok=True)
-        write = (path / name).symlink_to if isinstance(content, str) else (path / name).write_bytes
-        write(content)
+    else:
+        for name, content in files.items():
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(content, str):
+                (path / name).symlink_to(content)
+            else:
+                (path / name).write_bytes(content)
     return path
 
 
@@ -1835,12 +1854,14 @@ def data_edm(*labels):
 
 
 DATA_R = np.random.RandomState(0)
-DATA_C, DATA_TEN = DATA_R.randint(0, 256, (5, 4, 3, 32, 32), dtype=np.uint8), [*range(10)] * 2
+DATA_C = DATA_R.randint(0, 256, (5, 4, 3, 32, 32), dtype=np.uint8)
+DATA_TEN = [*range(10), *range(10)]
 DATA_CIFAR = {f"data_batch_{i + 1}": data_batch(x, DATA_TEN[4 * i:4 * i + 4]) for i, x in enumerate(DATA_C)}
 DATA_AGAIN = {b"data": DATA_C[4].reshape(4, -1), b"labels": DATA_TEN[16:]}
 DATA_CIFAR["data_batch_5"] = pickle.dumps(DATA_AGAIN, 2)        # as Python 3 pickles it
 DATA_RGB = DATA_R.randint(0, 256, (6, 8, 8, 3), dtype=np.uint8)
-DATA_X, DATA_PNG = DATA_RGB.transpose(0, 3, 1, 2), [data_file(pixels) for pixels in DATA_RGB]
+DATA_X = DATA_RGB.transpose(0, 3, 1, 2)
+DATA_PNG = [data_file(pixels) for pixels in DATA_RGB]
 DATA_CLASSES = {f"{'ant' if i < 3 else 'bee'}/{i}.png": png for i, png in enumerate(DATA_PNG)}
 DATA_HIDDEN = {".trash/9.png": b"", "bee/@eaDir/3.png": b"", "__MACOSX/ant/0.png": b"", "bee/.3.png": b""}
 DATA_EDM = {f"0000{i % 2}/img{i:08d}.png": png for i, png in enumerate(DATA_PNG)}
@@ -1896,7 +1917,8 @@ def test_what_is_transparent_is_on_white_paper(tmp_path):
     indexed.putpalette(gray.repeat(3).tobytes())
     files = {"P.png": data_file(indexed, transparency=alpha.tobytes()),
              "LA.png": data_file(np.stack([g, a], 2)), "RGBA.png": data_file(np.stack([g, g, g, a], 2))}
-    got, seen = data.load(data_write(tmp_path / "d", files)).x.numpy(), 255 - (255.0 - g) * a / 255
+    got = data.load(data_write(tmp_path / "d", files)).x.numpy()
+    seen = 255 - (255.0 - g) * a / 255
     assert got.shape == (3, 3, 8, 8) and abs(got - seen).max() <= 0.5
 
 
@@ -1904,12 +1926,13 @@ def test_sizes_fingerprint_and_cache(tmp_path, monkeypatch):
     wide = DATA_RGB[:2].reshape(8, 16, 3)
     got = data.load(data_write(tmp_path / "d", {**DATA_CLASSES, "bee/wide.png": data_file(wide)}), size=4)
     seen = np.asarray(Image.fromarray(wide[:, 4:12]).resize((4, 4), Image.LANCZOS))
-    one, two = (data.load(data_write(tmp_path / name, DATA_CLASSES)) for name in "ab")
+    one = data.load(data_write(tmp_path / "a", DATA_CLASSES))
+    two = data.load(data_write(tmp_path / "b", DATA_CLASSES))
     assert one.fingerprint == two.fingerprint != got.fingerprint
     assert np.array_equal(got.x[6].permute(1, 2, 0), seen)
     (tmp_path / "b/ant/0.png").write_bytes(DATA_PNG[5])         # other content
     assert np.array_equal(data.load(tmp_path / "b").x, DATA_X[[5, 1, 2, 3, 4, 5]])
-    monkeypatch.setattr(data, "_read_images", None)                  # a second reading would fail
+    monkeypatch.setattr(data, "_read_images", None)             # a second reading would fail
     assert np.array_equal(data.load(tmp_path / "a").x, DATA_X)
 
 
@@ -2107,25 +2130,28 @@ def test_gaussian_priority_is_the_shrunk_log_density(n, d, scale):
 def test_knn_and_moderate_priorities_by_definition():
     x = np.random.RandomState(1).randn(2100, 5) + 50            # blocks of 2,048
     x[:40] = 80 + 1e-5 * np.arange(40)[:, None] ** 1.5          # near by: in float32 they would be one point
-    knn, moderate = (data.priorities(torch.from_numpy(x), None, how, k=4) for how in ("knn", "moderate"))
+    knn = data.priorities(torch.from_numpy(x), None, "knn", k=4)
+    moderate = data.priorities(torch.from_numpy(x), None, "moderate")
     distance = np.sqrt(sum((x[:, None, i] - x[None, :, i]) ** 2 for i in range(5)))
     np.testing.assert_allclose(knn, -np.partition(distance, 4, axis=1)[:, 4], rtol=1e-4)
     middle = np.linalg.norm(x - np.sort(x, 0)[(len(x) - 1) // 2], axis=1)
     np.testing.assert_allclose(moderate, -abs(middle - np.sort(middle)[(len(x) - 1) // 2]), atol=1e-6)
 
 
-@pytest.mark.parametrize("how", data.PRUNING)
-def test_kept_are_the_best_of_each_class_in_exact_numbers(how):
+@pytest.mark.parametrize("method", data.PRUNING)
+def test_kept_are_the_best_of_each_class_in_exact_numbers(method):
     labels = torch.arange(6).repeat_interleave(torch.tensor([50, 33, 17, 0, 1, 2]))[torch.randperm(103)]
     x = torch.randn(103, 4)
-    priority = data.priorities(x, labels, how)
+    priority = data.priorities(x, labels, method)
     wanted = {1.0: [50, 33, 17, 0, 1, 2], 0.5: [25, 16, 8, 0, 1, 1], 1e-6: [1, 1, 1, 0, 1, 1]}
     for keep, expect in wanted.items():
-        kept = [i for c, n in enumerate(expect)
-                for i in sorted((labels == c).nonzero()[:, 0].tolist(), key=lambda i: -priority[i])[:n]]
+        kept = []
+        for c, n in enumerate(expect):
+            members = (labels == c).nonzero()[:, 0].tolist()
+            kept += sorted(members, key=lambda i: -priority[i])[:n]
         assert data.prune(priority, labels, keep).tolist() == sorted(kept)
-    alone = data.priorities(x[labels == 1], None, how)
-    assert how == "random" or torch.allclose(priority[labels == 1], alone)
+    alone = data.priorities(x[labels == 1], None, method)
+    assert method == "random" or torch.allclose(priority[labels == 1], alone)
 
 
 def test_pixel_features_are_principal_components_of_the_index_alone():
@@ -2138,7 +2164,8 @@ def test_pixel_features_are_principal_components_of_the_index_alone():
 
 def test_long_tail_counts():
     labels = torch.arange(1000) % 5
-    kept, other = (data.long_tail(labels, 16, seed=seed) for seed in (1, 2))
+    kept = data.long_tail(labels, 16, seed=1)
+    other = data.long_tail(labels, 16, seed=2)
     assert torch.bincount(labels[kept]).tolist() == [200, 100, 50, 25, 12]
     assert torch.equal(kept, kept.unique()) and not torch.equal(kept, other)
     labels = torch.tensor([0, 1, 3]).repeat_interleave(torch.tensor([90, 12, 30]))      # class 1 limits n_max
@@ -2220,7 +2247,8 @@ def test_pictures():
     grid = np.array(data.image_grid(torch.from_numpy(DATA_X[:5]), 3, side=8)).transpose(2, 0, 1)
     assert np.array_equal(grid[:, 8:, 8:16], DATA_X[4]) and (grid[:, 8:, 16:] == 255).all()
     points = TREE.sample(400_000, data.stream(0, 0, ""))
-    exact, drawn = (np.asarray(data.density_picture(density, 60)) < 120 for density in (TREE, points))
+    exact = np.asarray(data.density_picture(TREE, 60)) < 120
+    drawn = np.asarray(data.density_picture(points, 60)) < 120
     assert 0.01 < exact.mean() < 0.2 and (exact == drawn).mean() > 0.95
     point = np.asarray(data.density_picture(torch.tensor([[1.2, 0.9]]), 30, center=0.0, side=3.0))
     assert np.argwhere(point < 255).tolist() == [[6, 27]]       # up and to the right

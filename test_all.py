@@ -1137,6 +1137,8 @@ def test_unlabelled_images_train_with_selection_and_validate_each_example_once()
     expected = 8 * (dataset.x[held_out] / 127.5 - 1).square().mean().item()
     loss = evaluation.validation_loss(lambda x, sigma, labels: 0 * x)
     assert loss == pytest.approx(expected, rel=1e-4) and len(held_out) == 9
+    loss = evaluation.validation_loss(lambda x, sigma, labels: x)
+    assert loss == pytest.approx(8 * 0.5 ** 2, rel=0.2)         # lambda sigma^2, the noise that is in x
     logged = _records(run, "eval")[0]["validation_loss"]
     assert 0 < logged < 0.9 * expected and model.load_denoiser(run).classes == 2     # one is mirrored
 

@@ -622,6 +622,16 @@ def test_a_checkpoint_with_a_wrong_byte_is_refused(tmp_path):
         model.load_denoiser(tmp_path)
 
 
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    denoiser = model.build(_config())
+    ema = model.PowerEMA(denoiser, (0.05,))
+    ema.averages[0.05][0].fill_(math.nan)
+    _save_denoiser(tmp_path, denoiser, ema)
+    assert model.load_denoiser(tmp_path, 0)                     # the raw weights are
+    with pytest.raises(ValueError, match="its weights are not finite"):
+        model.load_denoiser(tmp_path)
+
+
 @pytest.mark.parametrize("name, value, says", [
     ("kind", "latent", "kind image instead of latent"),
     ("shape", (3, 24, 24), "shape [3, 16, 16] instead of [3, 24, 24]"),

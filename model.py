@@ -572,8 +572,8 @@ def chosen_average(averages, ema):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# What two denoisers must share, so that one can guide the other or be compared with it: those settings of
-# `build` that describe the data, and what a message calls them.
+# What two denoisers must share, so that one can guide the other or be compared with it: the settings in
+# model_config that describe the data, and what a message calls them.
 
 SAME_DATA = {"kind": "kind", "shape": "shape", "classes": "number of labels", "class_names": "class",
              "mean": "mean", "std": "standard deviation"}

@@ -1337,9 +1337,15 @@ def parser(description, usage):
     module's docstring, of which the first paragraph is shown, or None (python -OO strips docstrings)."""
     class Help(argparse.ArgumentDefaultsHelpFormatter):
         def _get_help_string(self, action):
-            if action.default in (None, False):
+            if action.default is None or action.default is False:
                 return action.help
             return super()._get_help_string(action)
+
+        def _split_lines(self, text, width):
+            lines = []
+            for line in text.split("\n"):                       # a choice of a flag may have its own line
+                lines += super()._split_lines(line, width)
+            return lines
     if description is not None:
         description = description.partition("\n\n")[0]
     return argparse.ArgumentParser(
@@ -1429,21 +1435,3 @@ def _terminal_columns():
     except (AttributeError, OSError, ValueError):
         columns = shutil.get_terminal_size().columns
     return columns or 80                                        # some terminals say 0
-
-
-# ------------------------------------------------------------------------------------------------------------
-# (These two go once train.py and fid.py no longer call them.)
-
-def parse(parser, argv=None):
-    """-> (the arguments in argv or the command line, {name: value} of those that were given)."""
-    args = parser.parse_args(argv)
-    given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args)))))
-    return args, {name: value for name, value in given.items() if value is not None}
-
-
-def refuse_unused(given, rows):
-    """DataError for a flag that would do nothing; rows of (whether what it needs is there, what, flags)."""
-    for there, what, flags in rows:
-        for flag in flags.split():
-            if given.get(flag) and not there:
-                raise DataError(f"--{flag.replace('_', '-')} needs {what}")

@@ -136,7 +136,8 @@ def _same_run(a, b):
         assert len(one) == len(two)
         for (where, x), (_, y) in zip(one, two):
             same = torch.equal(x, y) if torch.is_tensor(x) else x == y
-            assert same or "second" in str(where[-1]), (stage, where, x, y)
+            name = str(where[-1]).split("'")[1] if "'" in str(where[-1]) else ""
+            assert same or "second" in name or name in train.MAY_CHANGE, (stage, where, x, y)
     assert all(_load(run)["log"] == _records(run, None) for run in (a, b))
 
 
@@ -849,7 +850,7 @@ def test_adam_is_that_of_a_loss_summed_over_dimensions():
         generator = torch.Generator().manual_seed(0)
         for step in range(3):
             for parameter, other in zip(learner.parameters, copies):
-                parameter.grad = 1e-9 * torch.randn(parameter.shape, generator=generator)
+                parameter.grad = torch.empty_like(parameter).normal_(0, 1e-9, generator=generator)
                 other.grad = D * parameter.grad
             learner.update(step)
             adam.step()
@@ -1313,7 +1314,7 @@ def test_the_whole_pipeline_on_images(tmp_path, capsys):
     assert "step 4/4" not in again.err and (run / "checkpoint.pt").read_bytes() == before
     line = f"step 4, unguided (10 samples):  FD(pixels) {unguided['FD(pixels)']:.4f}  precision"
     assert again.out.startswith(line)
-    for more in "none", "pixels --eval-samples 5", "pixels --guidance 2", "none":       # the last is there
+    for more in "none", "pixels --eval-samples 5", "pixels --guidance 2", "none --guidance 1.6":    # is there
         _train(flags, more, out=run)
         assert _load(run)["model_config"]["guidance"] == (2 if "2" in more else 1.6)    # for sample.py
     taken = [(r["features"], r["samples"], r["guidance"]) for r in _records(run, "eval")[2:]]
@@ -1524,7 +1525,8 @@ USES = {"guide": (train, "RUN --guide {} --out {}/run"), "resume": (train, "RUN 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_bad_checkpoints_are_refused_in_one_line(tmp_path, capsys, name):
-    for use in USES.keys() - ({"sample"} if name == "other labels" else set()):         # a good one there
+    good = {"sample", "resume"} if name == "other labels" else set()
+    for use in USES.keys() - good:
         path, (program, flags) = tmp_path / "checkpoint.pt", USES[use]
         torch.save(CHECKPOINTS[name](_load(_folder() / "reference")), path)
         before, flags = path.read_bytes(), flags.replace("RUN", f"{SMALL} --data {_folder()}/d.npz")

@@ -834,12 +834,13 @@ class ClassWeightSearch:
         self.c = c
         self.reference_path = reference_path
         self.dro = data.GroupDRO(c.classes, c.eta).to(c.device)
-        self.counts = data.class_counts(dataset, examples).to(c.device)
+        self.counts = data.class_counts(dataset, examples).to(c.device).clamp(min=1)
         self.reference_loss = make_losses(c, load_matching(reference_path, c))
 
     def weights(self):
-        """The weights [classes] of this step's loss, of mean 1 over the examples."""
-        return data.class_weights_of_mean_one(self.dro.weights, self.counts)
+        """The weights [classes] of this step's loss, of mean 1 over the examples. alpha is a class's share of
+        the loss, which its examples divide among them."""
+        return data.class_weights_of_mean_one(self.dro.weights / self.counts, self.counts)
 
     def update(self, losses, batch):
         """Learn from the proxy's losses [b] on this batch."""
@@ -850,7 +851,7 @@ class ClassWeightSearch:
 
     def write(self, folder):
         """Write class_weights.json: the mean of the weights over the steps, and what finding them cost."""
-        weights = data.class_weights_of_mean_one(self.dro.mean, self.counts)
+        weights = data.class_weights_of_mean_one(self.dro.mean / self.counts, self.counts)
         costs = [cost_of(folder / "checkpoint.pt"), cost_of(self.reference_path)]
         seconds, examples = add_costs(costs)
         path = folder / "class_weights.json"

@@ -119,7 +119,10 @@ USAGE = """[--data DATA] [flags]
   python train.py --selector ajest --early-steps 5000           the 2-D tree, no data needed
   python train.py --data photos/ --size 64                      images, labelled by folder or not
   python train.py --data photos/ --size 64 --keep 0.1           the most typical tenth of each class only"""
-DESCRIPTION = "Train a diffusion model while choosing its data. The same command again resumes the run."
+DESCRIPTION = (
+    "Train a diffusion model while choosing its data. The same command again resumes the run. Values in "
+    "brackets are defaults: of the tree, of images up to 32 pixels and of larger ones, of latents, and of images "
+    "and latents on a CPU.")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -131,13 +134,12 @@ def default_text(name):
     for kind, preset in PRESETS.items():
         if kind != "cpu":
             values[kind] = preset.get(name, DEFAULTS[name])
-    different = {str(value) for value in values.values()}
     if name in PRESETS["cpu"]:
         values["CPU"] = PRESETS["cpu"][name]
-        different.add(str(values["CPU"]))
-    if len(different) > 1:
-        return "; ".join(f"{kind} {shown(value)}" for kind, value in values.items())
-    if DEFAULTS[name] in (None, False):
+    words = {kind: shown(value) for kind, value in values.items() if value is not None}
+    if len(set(words.values())) > 1 or 0 < len(words) < len(values):
+        return "; ".join(f"{kind} {word}" for kind, word in words.items())
+    if DEFAULTS[name] is None or DEFAULTS[name] is False:
         return ""
     return f"default {shown(DEFAULTS[name])}"
 

@@ -121,8 +121,8 @@ USAGE = """[--data DATA] [flags]
   python train.py --data photos/ --size 64 --keep 0.1           the most typical tenth of each class only"""
 DESCRIPTION = (
     "Train a diffusion model while choosing its data. The same command again resumes the run. Values in "
-    "brackets are defaults: of the tree, of images up to 32 pixels and of larger ones, of latents, and of images "
-    "and latents on a CPU.")
+    "brackets are defaults: of the tree, of images up to 32 pixels and of larger ones, of latents, and of "
+    "images and latents on a CPU.")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -808,6 +808,7 @@ class Learner:
             self.make_finite = torch.compile(model.make_finite, options=options)
         self.project(self.projected_weights)
         self.ema = model.PowerEMA(denoiser, c.ema)
+        self.average_network = None
 
         # EDM2 sums the loss over the D dimensions of an example, with eps 1e-8. This loss averages over them,
         # so its gradients are D times smaller, and so is eps. The tree's official toy averages, with 1e-8.
@@ -815,6 +816,13 @@ class Learner:
         if c.kind != "tree":
             eps = 1e-8 / math.prod(c.shape)
         self.optimizer = torch.optim.Adam(self.parameters, lr=c.lr, betas=(0.9, 0.99), eps=eps, fused=True)
+
+    def averaged(self):
+        """The network with its averaged weights; the same object each time, which is compiled once."""
+        if self.average_network is None:
+            self.average_network = copy.deepcopy(self.denoiser).eval().requires_grad_(False)
+        self.ema.copy_to(self.average_network, self.c.ema[0])
+        return self.average_network
 
     def update(self, step):
         """One step of the optimizer with the gradients that the parameters have; what is not finite in them
@@ -946,8 +954,8 @@ def train(
     path = folder / "checkpoint.pt"
     learner = Learner(c)
     denoiser, ema = learner.denoiser, learner.ema
-    search = None                                               # of class weights, where this is the proxy
     state = dict(model=denoiser, ema=ema, optimizer=learner.optimizer)
+    search = None                                               # of class weights, where this is the proxy
     if dro_reference is not None:
         search = ClassWeightSearch(c, dataset, examples, dro_reference)
         state["dro"] = search.dro
@@ -968,8 +976,6 @@ def train(
     if c.guided_targets != 1:
         guided_objective = make_objective(c, denoiser, guide)
     uniform, jest = make_selectors(c, dataset, denoiser, ema, examples, guide)
-    if evaluation is not None:
-        average_network = copy.deepcopy(denoiser).eval().requires_grad_(False)
     monitor = LossMonitor(folder)
     clock = Stopwatch(torch.device(c.device), progress["seconds"], c.compile)
     last_save = time.monotonic()
@@ -984,8 +990,7 @@ def train(
             if not evaluation.is_logged(log, step, guidance):
                 with clock.paused():
                     save(path, c, state, progress, log, guide_path)
-                    ema.copy_to(average_network, c.ema[0])
-                    log += evaluation(average_network, guide if guidance != 1 else None, progress)
+                    log += evaluation(learner.averaged(), guide if guidance != 1 else None, progress)
                     save(path, c, state, progress, log, guide_path)
             evaluation.print_metrics(log, step, guidance)
         if step == c.steps:
@@ -1121,6 +1126,49 @@ def locked(folder):
         os.close(handle)
 
 
+def open_given_files(c):
+    """Open the files that were given, so that a bad one is refused before anything is trained."""
+    if c.reference:
+        load_matching(file_named_by(c, "reference"), c)
+    guide_path = file_named_by(c, "guide")
+    if guide_path is not None and (needs_guide_to_train(c) or c.guidance != 1):
+        load_matching(guide_path, c)
+    weights_path = file_named_by(c, "class_weights")
+    if weights_path is not None:
+        data.read_class_weights(weights_path, c.class_names)
+
+
+def train_guide(c, dataset, folder, pool, examples):
+    """-> the checkpoint of a guide that is trained on the run's examples. With group DRO it is the reference,
+    too, and sees the whole pool."""
+    path = folder / "guide"
+    if c.class_weights == "dro":
+        train(stage_settings(c, "guide", keep=None), dataset, path, pool)
+    else:
+        train(stage_settings(c, "guide"), dataset, path, examples)
+    return path / "checkpoint.pt"
+
+
+def find_class_weights(c, dataset, folder, examples, reference_path):
+    """-> (weights of the loss [classes], of mean 1 over the examples; what finding them cost). With dro a
+    proxy is trained, which finds them against the reference."""
+    if c.class_weights is None:
+        return None, (0.0, 0)
+    counts = data.class_counts(dataset, examples)
+    if c.class_weights == "inverse":
+        weights = data.inverse_frequency(counts)
+        cost = (0.0, 0)
+    else:
+        path = c.class_weights
+        if path == "dro":
+            proxy_settings = stage_settings(c, "proxy", eta=c.eta)
+            train(proxy_settings, dataset, folder / "proxy", examples, dro_reference=reference_path)
+            path = folder / "proxy" / "class_weights.json"
+        weights, seconds, examples_trained = data.read_class_weights(path, c.class_names)
+        cost = (seconds, examples_trained)                      # of the proxy and of its reference
+    return data.class_weights_of_mean_one(weights, counts).to(c.device), cost
+
+
 def run_stages(c, dataset, folder):
     """Coreset, guide, class weights, and the model with its evaluation."""
     pool, examples, held_out, prune_seconds = choose_examples(c, dataset, folder)
@@ -1129,56 +1177,34 @@ def run_stages(c, dataset, folder):
         evaluation = fid.Evaluation(c, dataset, folder, held_out)
     if RANK == 0:
         barrier()                                               # the others read the caches that it filled
-
-    # The files that were given are opened before anything is trained.
-    guide_path = file_named_by(c, "guide")
-    reference_path = file_named_by(c, "reference")
-    for path in (guide_path, reference_path):
-        if path is not None and (path != guide_path or needs_guide_to_train(c) or c.guidance != 1):
-            load_matching(path, c)
-    class_weights = None
-    costs = [(prune_seconds, 0)]                                # of all that was done for this model
-    if c.class_weights is not None:
-        counts = data.class_counts(dataset, examples)
-    if c.class_weights == "inverse":
-        class_weights = data.inverse_frequency(counts)
-    elif c.class_weights not in (None, "dro"):
-        class_weights, seconds, examples_trained = data.read_class_weights(c.class_weights, c.class_names)
-        costs.append((seconds, examples_trained))
+    open_given_files(c)
     if RANK == 0:
         with data.writing(folder / "config.json") as file:      # for people
             file.write(json.dumps(vars(c), indent=1).encode())
         print(f"{folder}: {c.channels} channels, {c.steps:,} steps of {c.batch}, {c.selector} batches, "
               f"guide {c.guide}, {c.eval_samples:,} samples scored", file=sys.stderr)
 
-    # The guide. For group DRO it is the reference, too, and then sees the whole pool.
+    # What else is trained for the model.
+    guide_path = file_named_by(c, "guide")
     if c.guide == "train":
-        if c.class_weights == "dro":
-            train(stage_settings(c, "guide", keep=None), dataset, folder / "guide", pool)
-        else:
-            train(stage_settings(c, "guide"), dataset, folder / "guide", examples)
-        guide_path = folder / "guide" / "checkpoint.pt"
+        guide_path = train_guide(c, dataset, folder, pool, examples)
+    class_weights, weights_cost = find_class_weights(c, dataset, folder, examples, guide_path)
 
-    # Class weights: a proxy finds them by group DRO against the reference.
-    if c.class_weights == "dro":
-        proxy_settings = stage_settings(c, "proxy", eta=c.eta)
-        train(proxy_settings, dataset, folder / "proxy", examples, dro_reference=guide_path)
-        file = folder / "proxy" / "class_weights.json"
-        class_weights, seconds, examples_trained = data.read_class_weights(file, c.class_names)
-        costs.append((seconds, examples_trained))               # of the proxy and of its reference
-    if class_weights is not None:
-        class_weights = data.class_weights_of_mean_one(class_weights, counts).to(c.device)
+    # What it cost. A guide that is used only in sampling counts only for guided samples. With dro the guide's
+    # cost is in that of the class weights.
+    costs = [(prune_seconds, 0), weights_cost]
+    trained_with = set()
+    if c.reference:
+        trained_with.add(file_named_by(c, "reference"))
+    if c.class_weights != "dro" and guide_path is not None:
+        if needs_guide_to_train(c):
+            trained_with.add(guide_path)
+        elif evaluation is not None and c.guidance != 1:
+            evaluation.guide_costs = cost_of(guide_path)
+    costs += [cost_of(path) for path in trained_with]
 
-    # What the model costs besides its own training. A guide that is used only in sampling counts only for
-    # guided samples.
-    needed = {reference_path}
-    if needs_guide_to_train(c) and c.class_weights != "dro":
-        needed.add(guide_path)
-    elif guide_path is not None and evaluation is not None and c.class_weights != "dro":
-        evaluation.guide_costs = cost_of(guide_path)
-    costs += [cost_of(path) for path in needed if path is not None]
-    cost = add_costs(costs)
-    train(c, dataset, folder, examples, guide_path, class_weights, evaluation=evaluation, cost=cost)
+    train(c, dataset, folder, examples, guide_path, class_weights,
+          evaluation=evaluation, cost=add_costs(costs))
     if RANK == 0:
         names = sorted(path.name for path in folder.iterdir())
         print(f"wrote {folder}/: {', '.join(names)}")

@@ -277,6 +277,18 @@ def test_the_lines_to_paste_work_in_a_foreign_loop():
     assert advantage.mean() > space["scores"].mean() + 0.3 * space["scores"].std()
 
 
+def test_what_the_readme_says_to_copy_runs_alone():
+    text = (HERE / "select.py").read_text()
+    copied = text[text.index("FACTORS = {"):text.index("# ---", text.index("def jest("))]
+    for name in ("FACTORS", "gumbel", "finite", "jest"):        # what README and the docstring name
+        assert f"`{name}`" in select.__doc__ and f"`{name}`" in (HERE / "README.md").read_text()
+    space = dict(math=math, torch=torch)
+    exec(copied, space)
+    assert set(space) - {"math", "torch", "__builtins__"} == {"FACTORS", "gumbel", "finite", "jest"}
+    scores = torch.linspace(-50, 50, 40)
+    assert set(space["jest"](scores, 8, joint="sum").tolist()) == set(range(32, 40))
+
+
 def test_gumbel_top_k_weights_make_any_mean_unbiased():
     generator = torch.Generator().manual_seed(1)
     logits, f = torch.randn(40, generator=generator), torch.randn(40, generator=generator) + 1
@@ -979,6 +991,18 @@ def test_what_is_not_typed_again_is_as_the_run_began(tmp_path):
     whole = _train(TINY, "--lr 0.003 --seed 5 --guided-targets 1.6")
     for one, two in zip(leaves(_load(whole)["model"]), leaves(_load(run)["model"])):
         assert torch.equal(one, two)
+
+
+def test_a_run_goes_on_from_another_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _fid_classifier("own.pt")
+    shutil.copytree(_folder() / "reference", "guide")
+    flags = f"{SMALL} --data {_folder()}/d.npz --keep 0.5 --prune-features own:own.pt --guide guide"
+    _train(flags, "--metrics own:own.pt --eval-samples 8 --guidance 1.5 --steps 2", out=tmp_path / "run")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    _train(f"--device cpu --data {_folder()}/d.npz --steps 4", out=tmp_path / "run")
+    assert [r["guidance"] for r in _records(tmp_path / "run", "eval")] == [1, 1.5, 1, 1.5]
 
 
 @pytest.mark.parametrize("damage", [os.remove, lambda path: path.write_bytes(path.read_bytes()[:-900])])

@@ -385,10 +385,19 @@ def add_what_follows(c, typed, saved):
             c.guidance = 1.0
     c.super_batch = round(c.batch / (1 - c.filter))             # B = b / (1 - filter ratio)
     c.selects_by_reference = c.until_better or c.score in ("learnability", "easy")
-    for name in ("guide", "reference", "class_weights"):        # a later start may run in another folder
-        path = file_named_by(c, name)
-        if path is not None:
+    make_paths_absolute(c)
+
+
+def make_paths_absolute(c):
+    """Paths are saved with the run, and a later start may have another working directory."""
+    for name in ("guide", "reference", "class_weights"):
+        if file_named_by(c, name) is not None:
             setattr(c, name, os.path.abspath(getattr(c, name)))
+    for name in ("metrics", "prune_features"):
+        value = getattr(c, name)
+        if value.startswith("own:"):
+            path = os.path.expanduser(value.removeprefix("own:"))
+            setattr(c, name, "own:" + os.path.abspath(path))
 
 
 def file_named_by(c, name):

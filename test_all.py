@@ -292,11 +292,11 @@ def test_gumbel_top_k_weights_make_any_mean_unbiased():
 def test_scores():
     learner, reference = torch.tensor([3.0, 1.0, 2.0]), torch.tensor([1.0, 2.0, 2.0])
     assert select.example_scores(learner, reference).tolist() == [2, -1, 0]
-    assert select.example_scores(learner, kind="hard").tolist() == [3, 1, 2]
-    assert select.example_scores(learner, reference, kind="easy", invert=True).tolist() == [1, 2, 2]
+    assert select.example_scores(learner, score="hard").tolist() == [3, 1, 2]
+    assert select.example_scores(learner, reference, score="easy", invert=True).tolist() == [1, 2, 2]
     standardized = select.example_scores(learner, reference, gain=4.0)
     assert abs(standardized.mean()) < 1e-5 and abs(standardized.std() - 4) < 1e-5
-    assert torch.allclose(select.example_scores(learner, kind="root-loss").exp() ** 2, learner + 0.1)
+    assert torch.allclose(select.example_scores(learner, score="root-loss").exp() ** 2, learner + 0.1)
 
 
 def test_root_loss_is_the_gradient_norm_at_the_output_of_the_network():
@@ -316,7 +316,7 @@ def test_root_loss_is_the_gradient_norm_at_the_output_of_the_network():
     assert u.std() > 0.2
     ratio = norms.log() - (losses.log() / 2 - u)
     assert ratio.std() < 1e-3
-    scores = select.example_scores(losses, u=u, kind="root-loss")
+    scores = select.example_scores(losses, u=u, score="root-loss")
     assert torch.allclose(scores, (losses + 0.1).log() / 2 - u)
     c = _settings("--data", _folder() / "d.npz", "--channels 8 --blocks 1 --batch 40 --guide none "
                   "--selector jest --score root-loss --filter 0.5")
@@ -327,7 +327,7 @@ def test_root_loss_is_the_gradient_norm_at_the_output_of_the_network():
 
 def test_a_score_that_is_not_known_is_an_error():
     with pytest.raises(ValueError, match="root-loss"):
-        select.example_scores(torch.ones(3), kind="beauty")
+        select.example_scores(torch.ones(3), score="beauty")
 
 
 @pytest.mark.parametrize("flags", [

@@ -730,7 +730,7 @@ def make_selectors(c, dataset, denoiser, ema, examples, guide):
     jest = select.Jest(
         super_batches, make_losses(c, denoiser), reference_loss, c.batch // WORLD, make_generator,
         chunks=c.chunks, joint=c.joint, debias=c.debias, uncertainty=uncertainty,
-        kind=c.score, invert=c.invert, gain=c.gain)
+        score=c.score, invert=c.invert, gain=c.gain)
     after = super_batches if c.after == "full" else batches
     return select.Uniform(after), jest
 

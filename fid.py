@@ -7,6 +7,7 @@ at the end of the file. To score two image sets, or to compare training runs:
     python fid.py REAL FAKE --features inception
     python fid.py --compare runs/uniform-s0 runs/uniform-s1 runs/ajest-s0 runs/ajest-s1
 """
+import functools
 import hashlib
 import itertools
 import json
@@ -785,12 +786,8 @@ def load_classifier(path):
     """The Classifier in a file of `fit`, with its `id` and `size`. Raises DataError."""
     with data.reading(path, "a classifier (fid.py --fit)"):
         file = model.load_checkpoint(path)
-        with torch.device("meta"):                              # no memory: the file's tensors take its place
-            net = Classifier(len(file["class_names"]), file["width"])
-        net.load_state_dict(file["model"], assign=True)
-        for tensor in file["model"].values():
-            if not tensor.isfinite().all():
-                raise ValueError("its weights are not finite")
+        make = functools.partial(Classifier, len(file["class_names"]), file["width"])
+        net = model.with_weights(make, file["model"])
         net.size = file["size"]
         net.id = _id_of_file("own", path)
     return net
@@ -1013,9 +1010,7 @@ def load_inception(path=None):
         path = data.path(path)
     with data.reading(path, f"the FID Inception weights ({advice})"):
         state = model.load_checkpoint(path)
-        with torch.device("meta"):                              # no memory: the file's tensors take its place
-            net = Inception()
-        net.load_state_dict(_fold_batch_norms(state), assign=True)
+        net = model.with_weights(Inception, _fold_batch_norms(state))
         net.id = _id_of_file("inception", path)
     return net
 

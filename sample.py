@@ -181,7 +181,7 @@ def guide_path(args, config, weight):
 def in_precision_of_run(network, config, device):
     """The network, not compiled: on a GPU in the precision of its run's evaluation, on a CPU in fp32."""
     is_gpu = device.startswith("cuda")
-    bf16, _ = model.able(device, config["bf16"] and is_gpu, False)
+    bf16, _ = model.supported(device, config["bf16"] and is_gpu, False)
     return model.accelerate(network, device, bf16)
 
 

@@ -664,18 +664,18 @@ def test_many_accelerated_functions_stay_compiled(monkeypatch):
         assert len(graphs) == 20
 
 
-@pytest.mark.parametrize("device, missing, able, words", [
+@pytest.mark.parametrize("device, missing, supported, words", [
     ("cpu", "", (True, True), ""), ("cuda", "bf16", (False, True), "bf16"),
     ("cuda", "triton", (True, False), "triton"), ("cpu", "compiler", (True, False), "a C")])
-def test_a_machine_says_what_it_cannot_do(monkeypatch, capsys, device, missing, able, words):
+def test_a_machine_says_what_it_cannot_do(monkeypatch, capsys, device, missing, supported, words):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: "bf16" not in missing)
     monkeypatch.setattr(model.importlib.util, "find_spec", lambda name: None if name in missing else name)
     monkeypatch.setattr(shutil, "which", lambda name: None if "compiler" in missing else name)
-    assert model.able(device, True, True) == able
+    assert model.supported(device, True, True) == supported
     err = capsys.readouterr().err
     assert words in err
     assert len(err.splitlines()) == (1 if words else 0)
-    assert model.able(device, False, False) == (False, False)
+    assert model.supported(device, False, False) == (False, False)
     assert capsys.readouterr().err == ""
 
 

@@ -302,7 +302,7 @@ def settings(typed):
     refuse(c, typed, dataset)
     c.file_hashes = hashes_of_files(c)
     refuse_other_run(c, saved, folder)
-    c.bf16, c.compile = model.able(c.device, c.bf16, c.compile)
+    c.bf16, c.compile = model.supported(c.device, c.bf16, c.compile)
     return c, dataset
 
 

@@ -1075,7 +1075,7 @@ def write_class_weights(target, class_names, weights, seconds, examples):
 # mixed with the uniform weights. The result is the running mean of alpha.
 
 class GroupDRO(torch.nn.Module):
-    """`weights` [classes] are alpha, `mean` [classes] is its running mean; both sum to 1.
+    """`alpha` [classes] and its running mean, `mean_alpha` [classes]; both sum to 1.
 
     eta         step size; 1 in DoReMi's paper and in the arguments of its official code
     smoothing   share of the uniform weights; 1e-3 in the paper, 1e-4 in its code
@@ -1088,8 +1088,9 @@ class GroupDRO(torch.nn.Module):
 
     def __init__(self, classes, eta=1.0, smoothing=1e-3):
         super().__init__()
-        self.eta, self.smoothing = eta, smoothing
-        self.register_buffer("log_weights", torch.full((classes,), -math.log(classes)))
+        self.eta = eta
+        self.smoothing = smoothing
+        self.register_buffer("log_alpha", torch.full((classes,), -math.log(classes)))
         self.register_buffer("excess", torch.zeros(classes))
         self.register_buffer("total", torch.zeros(classes))
         self.register_buffer("steps", torch.zeros([]))
@@ -1106,19 +1107,19 @@ class GroupDRO(torch.nn.Module):
         """One step of alpha from the `totals` of a batch."""
         total, count = totals
         self.excess = torch.where(count > 0, total / count.clamp(min=1), self.excess)
-        alpha = torch.softmax(self.log_weights + self.eta * self.excess, 0)
+        alpha = torch.softmax(self.log_alpha + self.eta * self.excess, 0)
         alpha = (1 - self.smoothing) * alpha + self.smoothing / len(alpha)
-        self.log_weights = alpha.log()
+        self.log_alpha = alpha.log()
         self.total = self.total + alpha
         self.steps = self.steps + 1
 
     @property
-    def weights(self):
-        return self.log_weights.exp()
+    def alpha(self):
+        return self.log_alpha.exp()
 
     @property
-    def mean(self):
-        return torch.where(self.steps > 0, self.total / self.steps.clamp(min=1), self.weights)
+    def mean_alpha(self):
+        return torch.where(self.steps > 0, self.total / self.steps.clamp(min=1), self.alpha)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -933,7 +933,7 @@ def test_resuming_is_bit_identical(tmp_path, monkeypatch, flags, device):
 def test_a_stop_in_an_evaluation_leaves_the_last_step(tmp_path, monkeypatch, capsys):
     flags, run = f"{TINY} --eval-samples 8 --eval-every 20", tmp_path / "run"
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
-        patch.setattr(fid.Evaluation, "draw", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr(fid.Evaluation, "sample", lambda *_: os.kill(os.getpid(), signal.SIGINT))
         data.command(lambda: _train(flags, out=run))
     assert "the same command" in capsys.readouterr().err and _load(run)["progress"]["step"] == 20
     _train(flags, out=run)
@@ -979,6 +979,16 @@ def test_what_is_not_typed_again_is_as_the_run_began(tmp_path):
     whole = _train(TINY, "--lr 0.003 --seed 5 --guided-targets 1.6")
     for one, two in zip(leaves(_load(whole)["model"]), leaves(_load(run)["model"])):
         assert torch.equal(one, two)
+
+
+def test_own_features_may_lie_at_home_and_a_later_start_in_another_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    Path("own.pt").write_bytes(b"1")
+    flags = f"--data {_folder()}/d.npz --keep 0.5 --metrics own:own.pt --prune-features own:~/own.pt"
+    c = _settings(flags)
+    assert c.metrics == c.prune_features == f"own:{tmp_path}/own.pt"
+    assert c.file_hashes == dict(prune_features=hashlib.sha256(b"1").hexdigest())
 
 
 @pytest.mark.parametrize("damage", [os.remove, lambda path: path.write_bytes(path.read_bytes()[:-900])])
@@ -1241,9 +1251,9 @@ def test_unlabelled_images_train_with_selection_and_validate_each_example_once()
 def test_l2_is_taken_at_the_noise_level_and_steps_of_the_run(tmp_path):
     for flags in "--sigma-max 2 --sampling-steps 7", "--sigma-max 5 --sampling-steps 3", "":
         evaluation = fid.Evaluation(_settings(flags, "--eval-samples 64"), TREE, tmp_path)
-        _, metrics = evaluation.draw(TREE.denoise)
+        _, metrics = evaluation.sample(TREE.denoise)
         assert metrics["l2"] < 1e-5 and (flags or metrics["hit"] > 0.95)
-        _, metrics = evaluation.draw(lambda x, *_: TREE.denoise(x, 1.0))
+        _, metrics = evaluation.sample(lambda x, *_: TREE.denoise(x, 1.0))
         assert metrics["l2"] > 0.01
 
 
@@ -1297,6 +1307,12 @@ def test_without_metrics_no_empty_line_is_printed(capsys, flags, number):
     _train(SMALL, f"--data {_folder()}/d.npz --guide none --eval-samples 4 --metrics none", flags)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
     assert len(lines) == number and all("validation_loss 0." in line for line in lines), lines
+
+
+def test_metrics_that_a_closed_terminal_loses_end_no_run(monkeypatch):
+    evaluation = mock.Mock(records=lambda *_: [dict(samples=4, l2=0.5)])
+    monkeypatch.setattr(sys, "stdout", GoneTerminal())
+    fid.Evaluation.print_metrics(evaluation, [], 1, 1.0)
 
 
 def test_the_whole_pipeline_on_images(tmp_path, capsys):
@@ -2369,15 +2385,15 @@ def test_group_dro_by_hand():
         alpha = alpha * np.exp(0.7 * np.array(e))
         alpha = 0.99 * alpha / alpha.sum() + 0.01 / 3
         total += alpha
-        np.testing.assert_allclose(dro.weights, alpha, rtol=1e-5)
-    np.testing.assert_allclose(dro.mean, total / 2, rtol=1e-5)
+        np.testing.assert_allclose(dro.alpha, alpha, rtol=1e-5)
+    np.testing.assert_allclose(dro.mean_alpha, total / 2, rtol=1e-5)
 
 
 def test_group_dro_takes_the_step_size_of_its_paper():
     dro = data.GroupDRO(2)
     dro.update(dro.totals(torch.tensor([0.5, 0.0]), torch.tensor([0, 1])))
     alpha = np.exp([0.5, 0.0]) / np.exp([0.5, 0.0]).sum()
-    np.testing.assert_allclose(dro.weights, 0.999 * alpha + 0.0005, rtol=1e-5)
+    np.testing.assert_allclose(dro.alpha, 0.999 * alpha + 0.0005, rtol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------------

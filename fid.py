@@ -425,7 +425,7 @@ class Evaluation:
         return torch.cat(losses).mean().item()
 
     def write_picture(self, samples):
-        """Write samples.png: unguided and guided samples side by side, for the tree with the exact density."""
+        """Write samples.png: unguided and guided samples side by side, on the tree with the exact density."""
         c = self.c
         titles = ["unguided samples"]
         if len(samples) > 1:

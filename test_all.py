@@ -1396,6 +1396,7 @@ def test_samples_are_guided_as_the_run_was_evaluated_or_as_the_flags_say(tmp_pat
 def test_without_flags_samples_are_those_of_the_evaluation(tmp_path, monkeypatch):
     pictures = []
     image_grid = data.image_grid
+    guide_run = _guided_runs()[0]                               # trained before pictures are remembered
 
     def remember(images, *args):
         pictures.append(images)
@@ -1405,7 +1406,7 @@ def test_without_flags_samples_are_those_of_the_evaluation(tmp_path, monkeypatch
     (tmp_path / "far/away").mkdir(parents=True)
     (tmp_path / "runs").symlink_to(tmp_path / "far/away")       # the guide is found from a linked folder
     flags = f"{SMALL} --data {_folder()}/d.npz --lr 0.05 --warmup 0 --steps 4 --eval-samples 4 --metrics none"
-    guided = _train(flags, "--sampling-steps 3 --sigma-max 9 --guidance 2 --guide", _guided_runs()[0],
+    guided = _train(flags, "--sampling-steps 3 --sigma-max 9 --guidance 2 --guide", guide_run,
                     out=tmp_path / "runs/guided")
     distilled = _train(flags, "--guided-targets 1.6")
     evaluated = list(pictures)                                  # of guided: without guidance, with it

@@ -250,7 +250,7 @@ def data_features(net, dataset, label=None):
     """
     path = data.cache_folder() / f"features-{dataset.fingerprint[:16]}-{net.id.replace(':', '-')}.npz"
     if not path.exists():
-        data.output(path)
+        data.require_writable(path)
         start = time.monotonic()
         features = extract(net, dataset.x, label)
         seconds = time.monotonic() - start
@@ -396,7 +396,7 @@ class Evaluation:
             labels = data.classes_in_turn(c.class_shares, torch.arange(c.eval_samples))
         batch = min(c.micro_batch or c.batch, c.eval_samples)
         for x in guide.generate(denoiser, range(c.eval_samples), labels, batch, c.device, **sampler):
-            yield data.decode(x, vars(c)).cpu()
+            yield data.unscale(x, vars(c)).cpu()
 
     def losses(self, denoiser):
         """{"score_error": ...} on the tree, {"validation_loss": ...} where examples are held out."""
@@ -629,12 +629,12 @@ def main(argv=None):
     if args.compare:
         if not args.paths:
             raise data.DataError("--compare needs one or more run folders")
-        data.output(args.out)
+        data.require_writable(args.out)
         print(compare(args.paths, args.out, args.metric))
     elif args.fit:
         if len(args.paths) != 1:
             raise data.DataError(f"--fit needs one data set, not {len(args.paths)}")
-        data.output(args.fit)
+        data.require_writable(args.fit)
         dataset = data.load(args.paths[0], args.size)
         accuracy = fit(args.fit, dataset, args.epochs, args.width, args.device, args.seed)
         print(f"{args.fit}: held-out accuracy {accuracy:.4f}, use it with --features own:{args.fit}")

@@ -744,7 +744,7 @@ def make_losses(c, network):
 def make_selectors(c, dataset, denoiser, ema, examples, guide):
     """-> (select.Uniform for steps that do not select; select.Jest for steps that do, None if none does)."""
     make_batches = functools.partial(
-        data.Batches, dataset, seed=c.seed, device=c.device, pool=examples, flip=c.flip, P_mean=c.P_mean,
+        data.Batches, dataset, seed=c.seed, device=c.device, examples=examples, flip=c.flip, P_mean=c.P_mean,
         P_std=c.P_std, targets=c.targets, rows=slice(RANK, None, WORLD))
     batches = make_batches(n=c.batch)
     if c.selector == "uniform":

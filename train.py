@@ -997,8 +997,7 @@ def train(
 
     # Objectives, selectors, clock.
     objective = make_objective(c, denoiser)
-    if c.guided_targets != 1:
-        guided_objective = make_objective(c, denoiser, guide)
+    guided_objective = make_objective(c, denoiser, guide)       # used once there is a guide, with W > 1
     uniform, jest = make_selectors(c, dataset, denoiser, ema, examples, guide)
     if evaluation is not None:
         average_network = frozen_copy(denoiser)
@@ -1008,8 +1007,7 @@ def train(
 
     for step in range(progress["step"], c.steps + 1):
 
-        # Evaluate the network before this step, unless the log has it. So the same command again catches up
-        # on an evaluation that was interrupted, or on one with other metrics.
+        # Evaluate what the steps so far have made, unless the log has it (from a start that was interrupted).
         has_guide = guide_is_ready(c, progress)
         if evaluation is not None and is_eval_step(c, step) and monitor.bad_lines == 0:
             guidance = c.guidance if has_guide else 1.0
@@ -1057,8 +1055,7 @@ def train(
                 guide_path = folder / "guide.pt"
                 save(guide_path, c, dict(model=denoiser, ema=ema), progress, log)
 
-        # Log and save. With --until-better selection ends at the first log line (not one that --eval-every
-        # adds) that finds the learner ahead of the reference.
+        # Log and save. With --until-better a regular log line ends selection if the learner is ahead.
         if is_log_step(c, step + 1):
             last = step + 1 == c.steps
             if selecting and c.until_better and (last or is_multiple(step + 1, c.log_every)):

@@ -1,8 +1,8 @@
 """Data: the 2-D tree, sets of images or latents, batches, loading, pruning, class weights and pictures.
 
 A batch is a function of (seed, step). Pruning and class weights: "Pruning then Reweighting: Towards
-Data-Efficient Training of Diffusion Models" (arXiv 2409.19128). The tree: arXiv 2406.02507. The helpers for
-files, flags and programs stand at the end. To see what a data set holds, without training on it:
+Data-Efficient Training of Diffusion Models" (arXiv 2409.19128). The tree: arXiv 2406.02507. Helpers for
+files, flags and programs stand at the end. To see what a data set holds without training on it:
 
     python -c "import data; print(*data.load('data/cifar10', size=16).report, sep='\\n')"
 """
@@ -41,7 +41,7 @@ from PIL import features as pillow_features
 # level, so that a trained model can be compared with the right answer.
 
 class Tree:
-    """Mixture of 127 branches of eight Gaussians a class in the plane; classes = "A", "B" or "AB"."""
+    """A mixture in the plane: 127 branches of eight Gaussians per class. classes = "A", "B" or "AB"."""
     kind = "tree"
     shape = (2,)
     classes = 0
@@ -75,13 +75,13 @@ class Tree:
         self.to(device)
 
     def to(self, device):
-        """Computes on `device` from now on; returns self."""
+        """Compute on `device` from now on; returns self."""
         self.device = torch.device(device)
         self._tensors = {}
         return self
 
     def _tensor(self, name, dtype=torch.float32):
-        """A parameter as a tensor on the device, which is made once."""
+        """A parameter as a tensor on the device, made once."""
         key = (name, dtype)
         if key not in self._tensors:
             values = np.ascontiguousarray(self.parameters[name])
@@ -168,7 +168,7 @@ class _Branch(typing.NamedTuple):
 
 
 def _grow(random, position, angle, depth=0):
-    """List of branches: the one that starts at `position` [2] with this angle, and all that grow from it."""
+    """The branch that starts at `position` [2] with this angle and all that grow from it, as one list."""
     scale = np.array([1.3136, 1.3844])
     u = np.array([np.cos(angle), np.sin(angle)])
     length = 0.292 * 0.8 ** depth * (0.2 * random.randn() + 1)
@@ -186,7 +186,7 @@ def _grow(random, position, angle, depth=0):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# A set of images or latents: one array, on the training device where it fits. A batch of it is an index.
+# A set of images or latents: one array, on the training device if it fits. A batch is an index into it.
 
 @dataclass
 class Dataset:
@@ -196,7 +196,7 @@ class Dataset:
     kind: str = "image"                         # "image" | "latent"
     mean: tuple = (127.5,)                      # per channel, or one for all
     std: tuple = (63.75,)
-    fingerprint: str = ""                       # hash of the content, equal for equal data wherever it lies
+    fingerprint: str = ""                       # hash of the content alone, wherever the data lies
     report: tuple = ()                          # lines that say what was loaded and what was left out
 
     def __len__(self):
@@ -216,7 +216,7 @@ class Dataset:
         return scale(put(rows, device), self.mean, self.std)
 
     def to(self, device):
-        """Moves the array to `device` (to a GPU only if it takes less than half of the free memory)."""
+        """Move the array to `device` (to a GPU only if it takes less than half of the free memory)."""
         if torch.device(device).type == "cuda":
             free, _ = torch.cuda.mem_get_info(device)
             if self.x.nbytes >= free / 2:
@@ -226,7 +226,7 @@ class Dataset:
 
 
 def put(tensor, device):
-    """A tensor on `device`; from host memory to a GPU without waiting."""
+    """The tensor on `device`; a copy from host memory to a GPU is not waited for."""
     if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
@@ -239,7 +239,7 @@ def scale(x, mean, std):
     return (x.float() - put(center, x.device)) * put(factor, x.device)
 
 
-def decode(x, config):
+def unscale(x, config):
     """The inverse of `scale` for samples x [n, ...] of a denoiser with this configuration: uint8 images, raw
     latents, or the points themselves."""
     if config["kind"] == "tree":
@@ -253,7 +253,7 @@ def decode(x, config):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Random generators. Everything random is a function of (seed, step, name), so that a resumed run replays
+# Random generators. All randomness is a function of (seed, step, name), so that a resumed run replays
 # nothing, and two runs with one seed see the same data and noise.
 
 def stream(seed, step, name, device="cpu"):
@@ -263,10 +263,10 @@ def stream(seed, step, name, device="cpu"):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Batches by number: batches[step] depends on (seed, step) alone. On a CPU a uniform batch of b is the
-# beginning of that step's super-batch of B (for multiples of 16). Small things are drawn on the host and
-# copied without waiting, the noise on the device. A mirrored image of class c has label c + classes, so that
-# a model does not mirror its samples.
+# Batches by step: batches[step] depends on (seed, step) alone. On a CPU a uniform batch of b is the beginning
+# of that step's super-batch of B (for multiples of 16). Indices, flips and noise levels are drawn on the host
+# and copied without waiting; noise is drawn on the device. A mirrored image of class c has label c + classes,
+# so that a model does not mirror its samples.
 
 class Batch(typing.NamedTuple):
     x0: torch.Tensor                            # float32 [n, ...]
@@ -281,26 +281,26 @@ class Batch(typing.NamedTuple):
         return self.x0 + per_example(self.sigma, self.x0) * self.noise
 
     def rows(self, index):
-        """The batch of some of its examples; `index` is a slice or int64 [k]."""
+        """The Batch of the examples at `index`, a slice or int64 [k]."""
         return Batch(*(None if tensor is None else tensor[index] for tensor in self))
 
 
 class Batches:
-    """batches[step] is the Batch of a step, batches.of(index, step) that of given examples."""
+    """batches[step] is the Batch of a step; batches.of(index, step) is that of the examples at `index`."""
 
     def __init__(
         self,
         dataset,                # Dataset or Tree, moved to its device beforehand
-        n,                      # examples a batch
+        n,                      # examples per batch
         seed,                   # integer
-        device="cpu",           # where the batch is wanted
-        pool=None,              # indices [M] of the examples to draw from; None = all
+        device="cpu",           # on which the batch is wanted
+        examples=None,          # indices [M] of the examples to draw from; None = all
         flip=False,             # mirror half of the images, as classes of their own
         targets="sample",       # "sample" = x0 itself; "exact" = E[x0 | x], which the tree knows
         P_mean=-1.2,            # of ln sigma
         P_std=1.2,
-        rows=slice(None),       # the rows of the n that are wanted here (several processes)
-        purpose="",             # begins the names of the streams: "validation-" shares no noise with training
+        rows=slice(None),       # rows of the batch that this process works on
+        purpose="",             # starts the names of the streams: "validation-" shares no noise with training
     ):
         self.dataset = dataset
         self.n = n
@@ -312,17 +312,17 @@ class Batches:
         self.P_std = P_std
         self.rows = rows
         self.purpose = purpose
-        self.pool = pool
-        if pool is None and dataset.kind != "tree":
-            self.pool = torch.arange(len(dataset))
+        self.examples = examples
+        if examples is None and dataset.kind != "tree":
+            self.examples = torch.arange(len(dataset))
 
     def __getitem__(self, step):
         """The Batch of this step, drawn with replacement."""
         if self.dataset.kind == "tree":
             x0 = self.dataset.sample(self.n, self._stream(step, "data", self.dataset.device))
             return self._noised(x0[self.rows], None, step)
-        drawn = torch.randint(len(self.pool), (self.n,), generator=self._stream(step, "data"))
-        return self.of(self.pool[drawn], step)
+        drawn = torch.randint(len(self.examples), (self.n,), generator=self._stream(step, "data"))
+        return self.of(self.examples[drawn], step)
 
     def of(self, index, step):
         """The Batch of the examples at `index` int64 [n], with flips, noise levels and noise of this step."""
@@ -356,28 +356,29 @@ class Batches:
 
 def per_example(v, like):
     """v [n] as [n, 1, ...] with as many dimensions as `like`, so that it multiplies whole examples."""
-    return v.view(v.shape + (1,) * (like.ndim - 1))
+    ones = (1,) * (like.ndim - 1)
+    return v.reshape(-1, *ones)
 
 
 def micro_batches(n, size):
-    """Slices of n examples, of `size` each; None = one slice."""
+    """Slices that cover n examples, of `size` each; None = one slice."""
     step = n if size is None else size
     return [slice(start, start + step) for start in range(0, n, step)]
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Classes of generated samples: they follow from the sample's number, so that sample i keeps its class however
-# many are drawn.
+# Classes of generated samples. The class of a sample follows from its number, so that sample i has the same
+# class however many are drawn.
 
 GOLDEN = 0x9E3779B97F4A7C15                     # 2 ** 64 over the golden ratio
 
 
 def classes_in_turn(shares, index):
-    """The class of the samples with these numbers: shares [K] of sum 1, index int64 [n] -> int64 [n].
+    """The classes int64 [n] of the samples with numbers `index` int64 [n], for class shares [K] of sum 1.
 
-    Equal shares give each class in turn. Other shares are met in every long stretch of numbers: each K
-    numbers in a row ask for K evenly spaced quantiles, which the golden ratio shifts from one such turn to
-    the next. The shift is computed in integers, since a double no longer resolves it for numbers near 1e15.
+    With equal shares the classes come in turn. Other shares hold in every long stretch of numbers: a turn of
+    K numbers takes K evenly spaced quantiles of the shares, and the golden ratio shifts them from turn to
+    turn. The shift is computed in integers, since doubles cannot resolve it for numbers near 1e15.
     """
     K = len(shares)
     shift = [(2 * turn + 1) * GOLDEN % 2 ** 65 / 2 ** 65 for turn in (index // K).tolist()]
@@ -391,7 +392,7 @@ def classes_in_turn(shares, index):
 # Loading. Every source becomes one array in the cache folder, which later runs map into memory. Nothing is
 # guessed: ambiguous data is refused.
 
-CACHE_VERSION = 6                               # raise it when the cached content changes
+CACHE_VERSION = 6                               # to be raised when the cached content changes
 CACHE_ADVICE = "set DATA_CACHE to a folder that can be written"
 IMAGES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 if "avif" in pillow_features.modules and pillow_features.check("avif"):
@@ -404,7 +405,7 @@ CIFAR_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".sp
 
 
 def load(source, size=None):
-    """The images or latents at `source` as a Dataset. Raises DataError, one line, if they cannot be read.
+    """The images or latents at `source` as a Dataset. Raises DataError if they cannot be read.
 
     source  a folder or .zip with one sub-folder a class (or none: unlabelled), the same with EDM's
             dataset.json on top, the folder cifar-10-batches-py, or an .npz with `images` uint8 [N, 3, H, W]
@@ -418,7 +419,7 @@ def load(source, size=None):
         cached = folder / _cache_name(source, size)
     remove_leftovers(folder)
     if not os.path.exists(cached):
-        output(cached, CACHE_ADVICE)
+        require_writable(cached, CACHE_ADVICE)
         with reading(source, "a data set"):
             dataset = _read(source, size)
         with writing(cached) as file:
@@ -436,7 +437,7 @@ def cache_folder():
 
 
 def _cache_name(source, size):
-    """The name of the cached file: a hash of the source's place, its files' sizes and times, and `size`."""
+    """The name of the cached file: a hash of the source's path, its files' sizes and times, and `size`."""
     if source.is_dir():
         names, _ = _without_runs(list(_walk(source)))
         files = sorted(source / name for name in names)
@@ -451,7 +452,7 @@ def _cache_name(source, size):
 
 
 def _load_mapped(cached):
-    """The dictionary in a cached file, its array mapped into memory; no change of it reaches the file."""
+    """The dictionary in a cached file, with its array mapped into memory. Changes do not reach the file."""
     try:
         str(cached).encode()
     except UnicodeEncodeError:                                  # torch maps only files with UTF-8 names
@@ -461,13 +462,13 @@ def _load_mapped(cached):
 
 
 def _read(source, size):
-    """The Dataset at `source`, without the cache. Any exception means that it is not a data set."""
+    """The Dataset at `source`, read without the cache. Any exception means that it is not a data set."""
     if source.suffix.lower() == ".npz":
         return _read_npz(source, size)
     members, runs = _members(source)
-    batches = [name for name in sorted(members) if _base_name(name) in CIFAR_BATCHES]
-    if batches:
-        dataset = _read_cifar(members, batches, size)
+    cifar_files = [name for name in sorted(members) if _base_name(name) in CIFAR_BATCHES]
+    if cifar_files:
+        dataset = _read_cifar(members, cifar_files, size)
     else:
         dataset = _read_images(members, size)
     if runs:
@@ -475,15 +476,15 @@ def _read(source, size):
     return dataset
 
 
-def _make_dataset(x, labels, names=None, report=(), **settings):
-    """Dataset of arrays x [N, C, H, W] and labels [N] or None. Its classes are the labels that occur, in
-    order; `names` [K] are the names of labels 0 ... K - 1 (None: their numbers)."""
+def _make_dataset(x, labels, class_names=None, report=(), **settings):
+    """The Dataset of arrays x [N, C, H, W] and labels [N] or None. Its classes are the labels that occur, in
+    order; `class_names` [K] are those of labels 0 ... K - 1 (None: their numbers)."""
     x = np.ascontiguousarray(x)
     dataset = Dataset(torch.from_numpy(x), **settings)
     classes = "no labels"
     if labels is not None:
-        present, numbers, counts = _count_labels(np.asarray(labels), len(x), names)
-        dataset.class_names = [names[label] if names else str(label) for label in present]
+        present, numbers, counts = _count_labels(np.asarray(labels), len(x), class_names)
+        dataset.class_names = [class_names[label] if class_names else str(label) for label in present]
         dataset.labels = torch.from_numpy(numbers.astype(np.int64))
         first = ", ".join(dataset.class_names[:10])
         classes = f"{len(present):,} classes of {counts.min():,} to {counts.max():,}: {first}"
@@ -500,12 +501,12 @@ def _make_dataset(x, labels, names=None, report=(), **settings):
     return dataset
 
 
-def _count_labels(labels, n, names):
+def _count_labels(labels, n, class_names):
     """-> (the labels that occur, the position of each example's label among them [n], their counts)."""
     if labels.shape != (n,) or labels.dtype.kind not in "iu" or labels.min() < 0:
         raise ValueError(f"`labels` is {labels.dtype} {list(labels.shape)}, wanted numbers from 0 on [{n}]")
-    if names and labels.max() >= len(names):
-        raise ValueError(f"label {labels.max()}, but there are {len(names)} class names")
+    if class_names and labels.max() >= len(class_names):
+        raise ValueError(f"label {labels.max()}, but there are {len(class_names)} class names")
     return np.unique(labels, return_inverse=True, return_counts=True)
 
 
@@ -524,8 +525,8 @@ def _members(source):
 
 
 def _walk(folder, prefix="", above=()):
-    """Yield the names of all files below a folder. Links are followed; `above` identifies the folders on the
-    way from the top, so that a link to one of them is an error and no endless walk."""
+    """Yield the names of all files below a folder, following links. `above` identifies the folders on the way
+    from the top, so that a link to one of them is an error and not an endless walk."""
     status = os.stat(folder)
     identity = (status.st_dev, status.st_ino)
     if identity in above:
@@ -541,7 +542,7 @@ def _walk(folder, prefix="", above=()):
 
 
 def _zip_members(source):
-    """The members of a zip."""
+    """{name: function that returns the bytes} of the files in a zip."""
     archive = zipfile.ZipFile(source)
     members = {}
     for info in archive.infolist():
@@ -567,8 +568,8 @@ def _zip_name(info):
 
 
 def _without_runs(names):
-    """-> (the names that lie in no folder of a run, how many such folders there are). A run's folder holds a
-    checkpoint.pt; before its first one, its guide's or proxy's folder does."""
+    """-> (the names outside of run folders, how many run folders there are). A run folder holds a
+    checkpoint.pt, or has a guide or proxy folder that does, before the run's own first checkpoint."""
     runs = set()
     for name in names:
         folder, _, file = name.rpartition("/")
@@ -598,7 +599,7 @@ def _is_hidden(name):
 
 
 def _count_suffixes(names):
-    """"3 .txt, 1 .md" for names of files, the five most frequent suffixes."""
+    """"3 .txt, 1 .md": the five most frequent suffixes among names of files."""
     suffixes = [os.path.splitext(name)[1].lower() or "without a suffix" for name in names]
     counts = collections.Counter(sorted(suffixes)).most_common()
     words = ", ".join(f"{count:,} {suffix}" for suffix, count in counts[:5])
@@ -606,11 +607,11 @@ def _count_suffixes(names):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Images in a folder or a zip, labelled by EDM's dataset.json or by their folders. Every file is read, counted
-# in the report, or an error.
+# Images in a folder or a zip, labelled by EDM's dataset.json or by their folders. Every file is read, or
+# counted in the report, or causes an error.
 
 def _read_images(members, size):
-    """Dataset of the images among the members {name: read function}."""
+    """The Dataset of the images among the members."""
     images = sorted(name for name in members if name.lower().endswith(IMAGES))
     others = sorted(name for name in members if not name.lower().endswith(IMAGES))
     listings = [name for name in others if _base_name(name) == "dataset.json"]
@@ -620,7 +621,7 @@ def _read_images(members, size):
     if len(listings) > 1:
         raise ValueError(f"it holds {len(listings)} dataset.json: give a folder with one")
     top = os.path.commonpath([os.path.dirname(name) for name in images + listings])     # shared by all
-    below = {name: name[len(top):].lstrip("/") for name in images}
+    below = {name: name[len(top):].lstrip("/") for name in images}                      # paths below `top`
     if listings:
         if os.path.dirname(listings[0]) != top:
             raise ValueError(f"{listings[0]} does not lie on top of all images")
@@ -646,8 +647,8 @@ def _read_images(members, size):
 
 
 def _first_folders(below):
-    """{name: the first folder of its path below what all share, None without one}; ValueError for splits and
-    for images beside folders."""
+    """{name: the first folder of its path below `top`, None if there is none}. ValueError for folders that
+    look like splits and for images beside folders."""
     folders = {name: rest.split("/")[:-1] for name, rest in below.items()}
     splits = {}                                                 # {parent: split-like folders in it}
     for steps in folders.values():
@@ -665,11 +666,16 @@ def _first_folders(below):
 
 
 def _refuse_lost_folders(images, others, top, is_labelled):
-    """ValueError for a class folder of which no file is read. Class folders lie in the folder `top` that all
-    images share; where the images lie directly in it, it may be the only class that is left, and the others
-    lie beside it."""
-    parent = top if is_labelled else os.path.dirname(top)
-    if not is_labelled and not top:
+    """ValueError for a class folder without an image that can be read.
+
+    `top` is the folder that all images share. Labelled images lie in class folders in it. Otherwise they lie
+    in `top` itself, which may be the only class folder that is left: lost ones would lie beside it.
+    """
+    if is_labelled:
+        parent = top
+    elif top:
+        parent = os.path.dirname(top)
+    else:
         return                                                  # images without any folder
     prefix = f"{parent}/" if parent else ""
     folders_read = {name[len(prefix):].partition("/")[0] for name in images}
@@ -704,8 +710,8 @@ def _labels_by_listing(listing, below):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Decoding. Pillow refuses PNG files with more than 1 MiB of compressed text, whose pixels are whole; the
-# limits are raised, not lifted, since a hostile file can expand to any size.
+# Decoding. Pillow refuses PNG files with more than 1 MiB of compressed text, though their pixels are whole.
+# The limits are raised but not lifted, since a hostile file can expand to any size.
 
 PngImagePlugin.MAX_TEXT_CHUNK = 2 ** 27
 PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 28
@@ -718,8 +724,8 @@ class _Picture(typing.NamedTuple):
 
 
 def _decode_all(readers, size):
-    """-> (uint8 [N, 3, H, W], remarks for the report) of {name: read function}, decoded by threads (Pillow
-    releases Python's lock)."""
+    """-> (uint8 [N, 3, H, W], remarks for the report) of the members `readers`, decoded by threads, since
+    Pillow releases Python's lock."""
     names = list(readers)
     x = None
     frames = []                                                 # left out, of each file that has several
@@ -747,12 +753,16 @@ def _decode_all(readers, size):
         remarks.append(f"{sum(frames):,} frames left out: only the first is read of {len(frames):,} files "
                        "with several")
     if enlarged:
-        remarks.append(f"{enlarged:,} images smaller than {size} pixels were enlarged")
+        remarks.append(_enlarged(enlarged, size))
     return x, remarks
 
 
+def _enlarged(count, size):
+    return f"{count:,} images smaller than {size} pixels were enlarged"
+
+
 def _decode(name, read, size):
-    """The _Picture of one file: turned upright by EXIF, transparency on white, 16-bit gray to 8 bits."""
+    """One file as a _Picture: turned upright by EXIF, transparency on white, 16-bit gray to 8 bits."""
     try:
         image = Image.open(io.BytesIO(read()))
         frames = getattr(image, "n_frames", 1)
@@ -777,7 +787,7 @@ def _decode(name, read, size):
 
 
 def _resize(image, size):
-    """Center-crops a Pillow RGB image to a square and resizes it to `size` pixels: uint8 [3, H, W]."""
+    """Center-crop a Pillow RGB image to a square and resize it to `size` pixels: uint8 [3, H, W]."""
     if size is not None and image.size != (size, size):
         side = min(image.size)
         left = (image.width - side) // 2
@@ -793,7 +803,7 @@ def _resize_all(x, size):
         return x, []
     resized = np.stack([_resize(Image.fromarray(image), size) for image in x.transpose(0, 2, 3, 1)])
     if min(x.shape[2:]) < size:
-        return resized, [f"{len(x):,} images smaller than {size} pixels were enlarged"]
+        return resized, [_enlarged(len(x), size)]
     return resized, []
 
 
@@ -813,13 +823,13 @@ class _Unpickler(pickle.Unpickler):
         raise ValueError(f"refused, it wants to run {module}.{name}")
 
 
-def _read_cifar(members, batches, size):
-    """Dataset of the five training batches, `batches` being their names among the members."""
-    if len(batches) != 5:
-        raise ValueError(f"{len(batches)} of CIFAR-10's 5 training batches: give a folder with each once")
+def _read_cifar(members, names, size):
+    """The Dataset of the five training batches, the members with these names."""
+    if len(names) != 5:
+        raise ValueError(f"{len(names)} of CIFAR-10's 5 training batches: give a folder with each once")
     images = []
     labels = []
-    for name in batches:
+    for name in names:
         batch = _Unpickler(io.BytesIO(members[name]()), encoding="bytes").load()
         images.append(batch[b"data"])
         labels.append(batch[b"labels"])
@@ -835,7 +845,7 @@ def _read_cifar(members, batches, size):
 # An .npz file of images or latents.
 
 def _read_npz(source, size):
-    """Dataset of its `images` or `latents`, with `labels`, `class_names`, `mean` and `std` if it has them."""
+    """The Dataset of its `images` or `latents`, with its `labels`, `class_names`, `mean` and `std` if any."""
     with np.load(source, allow_pickle=False) as file:
         names = {"images", "latents", "labels", "class_names", "mean", "std"}.intersection(file.files)
         arrays = {name: file[name] for name in names}
@@ -912,7 +922,7 @@ def split_pool(dataset, holdout=0, imbalance=None, seed=0):
 
 
 def long_tail(labels, ratio, seed=0):
-    """Sorted indices (LongTensor) of a long-tailed subset of labels [N], random within a class.
+    """Sorted int64 indices of a long-tailed subset of labels [N], random within a class.
 
     Of K classes, class c keeps n_max R^(-c / (K - 1)) examples, where R >= 1 is the ratio of head to tail.
     n_max is the largest number for which every class that occurs has enough examples.
@@ -930,7 +940,7 @@ def long_tail(labels, ratio, seed=0):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Coreset pruning: priorities within each class, and the best fraction of each class is kept.
+# Coreset pruning: each example gets a priority within its class, and the best fraction of each class is kept.
 #   gaussian    log-density under the class's Gaussian (instance selection, https://arxiv.org/abs/2007.15255)
 #   knn         minus the distance to the k-th nearest neighbour of the class
 #   moderate    closeness of the distance from the class's median feature to the median of these distances
@@ -942,8 +952,8 @@ PRUNING = ("gaussian", "knn", "moderate", "random")
 
 
 def prune(priority, labels, keep):
-    """Sorted kept indices (LongTensor) by priority [N] and labels [N] (None: one class). `keep` in (0, 1] is
-    the fraction that is kept of each class, at least one example; of equals the first."""
+    """Sorted int64 indices of the examples to keep, by priority [N] and labels [N] (None: one class). `keep`
+    in (0, 1] is the fraction of each class, but at least one example is kept; ties go to the earlier one."""
     kept = [members[:max(1, round(keep * len(members)))] for members in ranked(priority, labels)]
     return torch.cat(kept).sort().values
 
@@ -951,26 +961,26 @@ def prune(priority, labels, keep):
 def ranked(priority, labels):
     """The indices of each class that has examples, the best first."""
     classes = []
-    for members in of_classes(labels, len(priority)):
+    for members in indices_by_class(labels, len(priority)):
         order = torch.sort(priority[members], descending=True, stable=True).indices
         classes.append(members[order])
     return classes
 
 
 def priorities(features, labels, method="gaussian", k=5, seed=0):
-    """The priority of each example: float64 [N], comparable within a class only, of features [N, d] and
-    labels [N] or None. `method` is one of PRUNING; k is for knn, the seed for random."""
+    """The priority of each example: float64 [N], comparable within a class only. Features are [N, d], labels
+    [N] or None; `method` is one of PRUNING; k is for knn, the seed for random."""
     if method == "random":
         return torch.rand(len(features), generator=stream(seed, 0, "prune"), dtype=torch.float64)
     function = dict(gaussian=_gaussian, knn=_knn, moderate=_moderate)[method]
     priority = torch.empty(len(features), dtype=torch.float64)
-    for members in of_classes(labels, len(features)):
+    for members in indices_by_class(labels, len(features)):
         x = features[members].double()
         priority[members] = function(x - x.mean(0), k).cpu()
     return priority
 
 
-def of_classes(labels, n):
+def indices_by_class(labels, n):
     """The indices of each class that has examples, sorted; labels [n], or None for one class."""
     if labels is None:
         return (torch.arange(n),)
@@ -1041,8 +1051,8 @@ def inverse_frequency(counts):
 
 
 def read_class_weights(source, class_names):
-    """-> (weights float32 [classes], seconds, examples) of a file of `write_class_weights`; seconds and
-    examples say what finding the weights took. Raises DataError."""
+    """-> (weights float32 [classes], seconds, examples) from a file of `write_class_weights`. Seconds and
+    examples are what finding the weights took. Raises DataError."""
     with reading(source, "class weights for these classes"):
         content = json.loads(Path(source).read_bytes())
         weight_of = content["weights"]
@@ -1062,7 +1072,7 @@ def read_class_weights(source, class_names):
 
 
 def write_class_weights(target, class_names, weights, seconds, examples):
-    """Write weights [classes] with the seconds and examples that finding them took, as JSON."""
+    """Write weights [classes] as JSON, with the seconds and examples that finding them took."""
     weight_of = dict(zip(class_names, weights.tolist()))
     content = dict(weights=weight_of, seconds=seconds, examples=examples)
     with writing(target) as file:
@@ -1075,21 +1085,22 @@ def write_class_weights(target, class_names, weights, seconds, examples):
 # mixed with the uniform weights. The result is the running mean of alpha.
 
 class GroupDRO(torch.nn.Module):
-    """`weights` [classes] are alpha, `mean` [classes] is its running mean; both sum to 1.
+    """`alpha` [classes] and its running mean, `mean_alpha` [classes]; both sum to 1.
 
     eta         step size; 1 in DoReMi's paper and in the arguments of its official code
     smoothing   share of the uniform weights; 1e-3 in the paper, 1e-4 in its code
 
     Algorithm 1 weighs the loss of a step by the alpha of the same step. Here alpha weighs the loss of the
     next step, because the gradients of the first micro-batches are taken before the excess of the last is
-    known. A class that is absent from a batch keeps its last e_c: with 0 instead, it would sink for being
-    rare.
+    known. A class that is absent from a batch keeps its last e_c: with 0 instead, a class would lose weight
+    for being rare.
     """
 
     def __init__(self, classes, eta=1.0, smoothing=1e-3):
         super().__init__()
-        self.eta, self.smoothing = eta, smoothing
-        self.register_buffer("log_weights", torch.full((classes,), -math.log(classes)))
+        self.eta = eta
+        self.smoothing = smoothing
+        self.register_buffer("log_alpha", torch.full((classes,), -math.log(classes)))
         self.register_buffer("excess", torch.zeros(classes))
         self.register_buffer("total", torch.zeros(classes))
         self.register_buffer("steps", torch.zeros([]))
@@ -1106,19 +1117,19 @@ class GroupDRO(torch.nn.Module):
         """One step of alpha from the `totals` of a batch."""
         total, count = totals
         self.excess = torch.where(count > 0, total / count.clamp(min=1), self.excess)
-        alpha = torch.softmax(self.log_weights + self.eta * self.excess, 0)
+        alpha = torch.softmax(self.log_alpha + self.eta * self.excess, 0)
         alpha = (1 - self.smoothing) * alpha + self.smoothing / len(alpha)
-        self.log_weights = alpha.log()
+        self.log_alpha = alpha.log()
         self.total = self.total + alpha
         self.steps = self.steps + 1
 
     @property
-    def weights(self):
-        return self.log_weights.exp()
+    def alpha(self):
+        return self.log_alpha.exp()
 
     @property
-    def mean(self):
-        return torch.where(self.steps > 0, self.total / self.steps.clamp(min=1), self.weights)
+    def mean_alpha(self):
+        return torch.where(self.steps > 0, self.total / self.steps.clamp(min=1), self.alpha)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1181,9 +1192,8 @@ def panels(pictures, titles, across=True):
 
 
 def coreset_picture(dataset, pool, priority, kept, columns=8):
-    """Pillow image of the choice that `prune` made among the examples at `pool` [n]: for each of the first
-    ten classes a row of best-kept, last-kept and first-dropped images. priority [n]; `kept` are positions in
-    the pool."""
+    """Pillow image of what `prune` kept of the examples at `pool` [n]: for each of the first ten classes a
+    row of best-kept, last-kept and first-dropped images. priority [n]; `kept` are positions in the pool."""
     labels = None if dataset.labels is None else dataset.labels[pool]
     names = []
     best_kept = []
@@ -1203,7 +1213,7 @@ def coreset_picture(dataset, pool, priority, kept, columns=8):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Files. A file that cannot be read ends in one DataError that names it. A file that is written appears whole
+# Files. What cannot be read becomes one DataError that names the file. A file that is written appears whole
 # or not at all.
 
 class DataError(ValueError):
@@ -1234,8 +1244,8 @@ def reading(source, what):
 
 @contextlib.contextmanager
 def writing(target):
-    """A binary file that is renamed to `target` when the block ends well, and removed when it does not.
-    DataError where the disk does not take it; other exceptions of the block pass."""
+    """Open a binary file that becomes `target` if the block succeeds, and is removed if it fails. DataError
+    if the file cannot be written; other exceptions of the block pass."""
     temporary = f"{target}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
@@ -1264,9 +1274,9 @@ def _cannot_be_written(target, error, advice=""):
     return DataError(f"{target}: cannot be written, {why[:80]}{advice}")
 
 
-def output(target, advice=None):
-    """Make the folder in which `target` will be written; DataError, which ends in the advice, if that is not
-    possible. To be called before the work, not after it."""
+def require_writable(target, advice=None):
+    """Make the folder of `target`. DataError, which ends in the advice, if `target` could not be written.
+    Call it before the work, not after it."""
     folder = Path(target).absolute().parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -1278,7 +1288,7 @@ def output(target, advice=None):
 
 
 def remove_leftovers(folder):
-    """Remove the temporary files of `writing` below a folder that are older than a day: a kill left them."""
+    """Remove the temporary files of `writing` that killed programs left below a folder, a day old or more."""
     yesterday = time.time() - 24 * 3600
     with contextlib.suppress(OSError):
         for file in sorted(Path(folder).rglob("*.tmp")):
@@ -1333,8 +1343,7 @@ def device(text):
 
 
 def parser(description, usage):
-    """An ArgumentParser whose help shows every default; flags are not abbreviated. The description is a
-    module's docstring, of which the first paragraph is shown, or None (python -OO strips docstrings)."""
+    """An ArgumentParser whose help shows every default; flags cannot be abbreviated."""
     class Help(argparse.ArgumentDefaultsHelpFormatter):
         def _get_help_string(self, action):
             if action.default is None or action.default is False:
@@ -1346,8 +1355,6 @@ def parser(description, usage):
             for line in text.split("\n"):                       # a choice of a flag may have its own line
                 lines += super()._split_lines(line, width)
             return lines
-    if description is not None:
-        description = description.partition("\n\n")[0]
     return argparse.ArgumentParser(
         description=description, usage=f"%(prog)s {usage}", allow_abbrev=False,
         formatter_class=lambda prog: Help(prog, width=110))
@@ -1366,7 +1373,7 @@ def _raise_terminated(signal_number, frame):
 
 def command(run):
     """Call run(). An error that the user can fix becomes one line on stderr and exit status 2; Ctrl-C and
-    SIGTERM end with status 130 and 143. The output shows characters that its encoding lacks as escapes."""
+    SIGTERM end with status 130 and 143. Characters that the output's encoding lacks appear as escapes."""
     for terminal in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError):   # None, replaced or closed
             terminal.reconfigure(errors="backslashreplace")
@@ -1383,12 +1390,9 @@ def command(run):
     except (DataError, OSError) as error:
         message = f"error: {error}"
         status = 2
-    except Terminated:
+    except KeyboardInterrupt as stop:
         message = "stopped; a training run goes on with the same command"
-        status = 143
-    except KeyboardInterrupt:
-        message = "stopped; a training run goes on with the same command"
-        status = 130
+        status = 143 if isinstance(stop, Terminated) else 130
     finally:
         if handles_sigterm:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -1397,7 +1401,7 @@ def command(run):
 
 
 def say(text, end="\n", file=None):
-    """Print on `file` (None: stderr). If the terminal is closed the text is lost, and the program goes on."""
+    """Print to `file` (None: stderr). If the terminal is closed, the text is lost and the program goes on."""
     file = sys.stderr if file is None else file
     if file is not None:                                        # pythonw, python >&-
         with contextlib.suppress(OSError, ValueError):
@@ -1424,7 +1428,7 @@ def progress(text, last=False):
 
 
 def _terminal_columns():
-    """The width of the terminal behind stderr; None if stderr is no terminal, or the terminal is closed."""
+    """The width of the terminal behind stderr; None if stderr is not a terminal, or is a closed one."""
     try:
         if not sys.stderr.isatty():
             return None

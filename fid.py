@@ -7,6 +7,7 @@ at the end of the file. To score two image sets, or to compare training runs:
     python fid.py REAL FAKE --features inception
     python fid.py --compare runs/uniform-s0 runs/uniform-s1 runs/ajest-s0 runs/ajest-s1
 """
+import functools
 import hashlib
 import itertools
 import json
@@ -26,7 +27,7 @@ import data
 import guide
 import model
 
-BIASED_BELOW = 2048                             # images; with fewer the Fréchet distance is visibly too large
+BIASED_BELOW = 2048                             # fewer images make the Fréchet distance visibly too large
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -35,7 +36,7 @@ BIASED_BELOW = 2048                             # images; with fewer the Fréche
 # R is the Cholesky factor of S1, or comes from its eigenvectors where S1 does not have full rank.
 
 def moments(features):
-    """(mu float64 [d], sigma float64 [d, d]) of features [n, d]. Raises DataError for fewer than two."""
+    """(mu float64 [d], sigma float64 [d, d]) of features [n, d]. Raises DataError if n < 2."""
     if len(features) < 2:
         raise data.DataError("only one example: a Fréchet distance needs 2 or more on each side")
     x = features.double()
@@ -72,20 +73,20 @@ def precision_recall(real, fake, k=3, block=2048):
 
 
 def _share_inside(points, centres, k, block):
-    """Share of points [n, d] that lie in one of the balls around centres [m, d] up to the k-th neighbour."""
+    """Share of points [n, d] in any of the balls around centres [m, d] that reach to the k-th neighbour."""
     radius = data.neighbour_distance(centres, k)                                        # [m]
     inside = [(torch.cdist(rows, centres) <= radius).any(1) for rows in points.split(block)]
     return torch.cat(inside).float().mean().item()
 
 
 # ------------------------------------------------------------------------------------------------------------
-# All metrics of two image sets.
+# All metrics of two image sets, from their features.
 
 def image_metrics(real, fake, net_id, device="cpu", real_moments=None, most=10_000):
     """{distance, "precision", "recall"} of features real [n, d] and fake [m, d] of the network `net_id`.
 
-    Precision and recall are computed from at most `most` of each, drawn at random, and left out for 3 or
-    fewer. `real_moments` is moments(real); None = computed here. Raises DataError.
+    Precision and recall take at most `most` examples of each set, drawn at random. They are left out if a set
+    has 3 or fewer. `real_moments` is moments(real); None = computed here. Raises DataError.
     """
     if real_moments is None:
         real_moments = moments(real)
@@ -98,7 +99,7 @@ def image_metrics(real, fake, net_id, device="cpu", real_moments=None, most=10_0
 
 
 def _draw(features, most):
-    """At most `most` of the features [n, d], in an order drawn at random."""
+    """At most `most` of the features [n, d], in random order."""
     order = torch.randperm(len(features), generator=data.stream(0, 0, "metrics"))
     return features[order[:most]]
 
@@ -112,15 +113,15 @@ def distance_name(net_id):
 
 
 def warn_of_few(n, source):
-    """Print a warning on stderr where n images bias a Fréchet distance visibly; `source` names them."""
+    """Warn on stderr if n images are few enough to bias a Fréchet distance visibly; `source` names them."""
     if n < BIASED_BELOW:
-        print(f"warning: {source}: only {n} images; below {BIASED_BELOW} the distance is biased upwards, "
-              "so compare it only with figures from as many images", file=sys.stderr)
+        data.say(f"warning: {source}: only {n} images; below {BIASED_BELOW} the distance is biased upwards, "
+                 "so compare it only with figures from as many images")
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Metrics of the 2-D tree, whose density and denoiser are known. A point is a hit where the log-density is at
-# least -2.12. Cells are those of a grid of 101x101 around the origin, 3 wide.
+# Metrics of the 2-D tree, whose density and denoiser are known. A point is a hit if its log-density is at
+# least -2.12. The cells are those of a 101x101 grid around the origin, 3 wide.
 
 HIT_LOGP = -2.12
 CELLS = 101
@@ -151,7 +152,7 @@ def tree_metrics(points, tree, endpoints, exact_cells=None):
 
 
 def exact_hit_cells(tree, n):
-    """How many cells are hit by n points of the tree itself, the same points every time."""
+    """How many cells n points of the tree itself hit; the points are the same every time."""
     points = tree.sample(n, data.stream(0, 0, "reached", tree.device))
     hit = tree.logp(points) >= HIT_LOGP
     return len(_cells(points[hit]).unique())
@@ -181,15 +182,15 @@ def score_error(denoiser, tree, n=16384, seed=0, P_mean=-2.3, P_std=1.5):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# A feature network by its name; the networks themselves stand at the end of this file.
+# A feature network by its name. The networks themselves stand at the end of this file.
 
 def network(name, device="cpu", weights=None):
     """The module of "inception", "own:CKPT" (a file of fid.py --fit) or "pixels" on `device`.
 
-    It maps uint8 [N, 3, H, W] ("pixels" also latents) to float32 [N, d]. Its `.id` tells features apart,
-    wherever their file lies; `.size` is the image size that it was fitted to, None for any. `weights` is
-    Inception's file; None = $FID_INCEPTION_WEIGHTS, else torch's hub cache, else a download into that cache.
-    Raises DataError.
+    It maps uint8 [N, 3, H, W] ("pixels" also latents) to float32 [N, d]. Its `.id` is the same for the same
+    weights, whatever their file is called; `.size` is the image size that it was fitted to, None for any.
+    `weights` is Inception's file; None = $FID_INCEPTION_WEIGHTS, else torch's hub cache, else a download into
+    that cache. Raises DataError.
     """
     kind, _, path = name.partition(":")
     if name == "pixels":
@@ -210,8 +211,8 @@ def network(name, device="cpu", weights=None):
 
 @torch.no_grad()
 def extract(net, x, label=None, batch=128):
-    """Features float32 [n, d], on the CPU, of x uint8 or float [n, C, H, W], anywhere. The last batch is
-    padded, so that the network sees one shape. A label shows progress. Raises DataError."""
+    """Features float32 [n, d], on the CPU, of x uint8 or float [n, C, H, W] on any device. The last batch is
+    padded, so that the network sees one shape. With a label it shows progress. Raises DataError."""
     _refuse_other_images(net, x)
     n = len(x)
     size = min(batch, n)
@@ -244,12 +245,12 @@ def _refuse_other_images(net, x):
 def data_features(net, dataset, label=None):
     """-> (features float32 [n, d] of a whole Dataset, the seconds that computing them took).
 
-    They are computed once for this content and network and kept in the folder of cached data together with
-    their seconds, so that a run that reads them counts the same cost. Raises DataError.
+    They are computed once for this content and network. The cache keeps them with their seconds, so that a
+    run that reads them counts the same cost. Raises DataError.
     """
     path = data.cache_folder() / f"features-{dataset.fingerprint[:16]}-{net.id.replace(':', '-')}.npz"
     if not path.exists():
-        data.output(path)
+        data.require_writable(path)
         start = time.monotonic()
         features = extract(net, dataset.x, label)
         seconds = time.monotonic() - start
@@ -261,8 +262,8 @@ def data_features(net, dataset, label=None):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Evaluation of a run: always from the same noise, unguided and guided, so that runs and steps compare. Its
-# records say how the metrics were taken, and `--compare` puts only records of one protocol on one curve.
+# Evaluation of a run, unguided and guided, always from the same noise, so that runs and steps compare. Its
+# records say how the metrics were taken, and `--compare` joins only records of one protocol to a curve.
 
 NOT_METRICS = {"kind", "step", "seconds", "examples_trained", "examples_drawn", "selecting", "snapshot",
                "data", "guidance", "samples", "sampling_steps", "features", "other_seconds", "other_examples"}
@@ -273,10 +274,10 @@ class Evaluation:
 
     denoiser        model.Denoiser in evaluation mode, which holds the averaged weights
     guide_denoiser  the same for the guide; None = there is no guide
-    progress        what the run has done so far: a dict of plain values, which each record repeats
+    progress        what the run has done so far, as of train.new_progress; each record repeats it
 
-    The first record is that of unguided samples. With a guide and a weight other than 1, a second record is
-    that of guided samples.
+    The first record is of unguided samples. With a guide and a weight other than 1, a second one is of guided
+    samples.
     """
 
     def __init__(
@@ -312,7 +313,7 @@ class Evaluation:
                              sampling_steps=c.sampling_steps)
 
     def records(self, log, step, guidance):
-        """The log's evaluations of this step at this weight of guidance that were taken by this protocol."""
+        """The evaluations in the log of this step, at this weight of guidance and by this protocol."""
         wanted = dict(self.protocol, step=step, kind="eval", guidance=guidance)
         return [record for record in log if wanted.items() <= record.items()]
 
@@ -331,30 +332,31 @@ class Evaluation:
             way = "unguided" if w == 1 else f"guidance {w:g}"
             if metrics:
                 count = record["samples"]
-                print(f"step {step}, {way} ({count:,} samples):  {'  '.join(metrics)}", flush=True)
+                data.say(f"step {step}, {way} ({count:,} samples):  {'  '.join(metrics)}", file=sys.stdout)
 
     def __call__(self, denoiser, guide_denoiser, progress):
         c = self.c
-        learner = self.accelerate(denoiser)
-        weak = None
+        main = self.accelerate(denoiser)
+        guide_network = None
         weights = [1.0]
         if guide_denoiser is not None and c.guidance != 1:
-            weak = self.accelerate(guide_denoiser)
+            guide_network = self.accelerate(guide_denoiser)
             weights.append(c.guidance)
         records = []
         samples = []
         for w in weights:
-            x, metrics = self.draw(guide.autoguided(learner, weak, w), f"evaluating, guidance {w:g}")
+            guided = guide.autoguided(main, guide_network, w)
+            x, metrics = self.sample(guided, f"evaluating, guidance {w:g}")
             record = dict(progress, kind="eval") | self.protocol | dict(guidance=w)
             if w == 1:
-                metrics |= self.losses(learner)
+                metrics |= self.losses(main)
             else:
                 seconds, examples = self.guide_costs
                 record["other_seconds"] += seconds
                 record["other_examples"] += examples
             records.append(record | metrics)
             samples.append(x)
-        self.draw_samples(samples)
+        self.write_picture(samples)
         return records
 
     def accelerate(self, denoiser):
@@ -364,8 +366,8 @@ class Evaluation:
             self.accelerated[denoiser] = model.accelerate(denoiser, c.device, c.bf16, c.compile)
         return self.accelerated[denoiser]
 
-    def draw(self, denoiser, label="evaluating"):
-        """(samples [n, ...] on the CPU, their metrics) of a denoiser for `guide.heun`; shows progress."""
+    def sample(self, denoiser, label="evaluating"):
+        """(samples [n, ...] on the CPU, their metrics) of a denoiser for `guide.heun`. Shows progress."""
         c = self.c
         batches = []
         drawn = 0
@@ -394,10 +396,10 @@ class Evaluation:
             labels = data.classes_in_turn(c.class_shares, torch.arange(c.eval_samples))
         batch = min(c.micro_batch or c.batch, c.eval_samples)
         for x in guide.generate(denoiser, range(c.eval_samples), labels, batch, c.device, **sampler):
-            yield data.decode(x, vars(c)).cpu()
+            yield data.unscale(x, vars(c)).cpu()
 
     def losses(self, denoiser):
-        """{"score_error"} on the tree, {"validation_loss"} where examples are held out."""
+        """{"score_error": ...} on the tree, {"validation_loss": ...} where examples are held out."""
         if self.c.kind == "tree":
             return dict(score_error=score_error(denoiser, self.dataset, **self.c.eval_levels))
         if self.held_out is not None:
@@ -416,14 +418,14 @@ class Evaluation:
             batch = batches.of(torch.cat([index, padding]), step)
             outputs = []
             for rows in data.micro_batches(c.batch, c.micro_batch):
-                some = batch.rows(rows)
-                outputs.append(denoiser(some.x, some.sigma, some.labels))
+                micro_batch = batch.rows(rows)
+                outputs.append(denoiser(micro_batch.x, micro_batch.sigma, micro_batch.labels))
             loss = model.per_example_loss(torch.cat(outputs), batch.x0, batch.sigma)
             losses.append(loss[:len(index)])
         return torch.cat(losses).mean().item()
 
-    def draw_samples(self, samples):
-        """samples.png: unguided and guided samples side by side, on the tree beside the exact density."""
+    def write_picture(self, samples):
+        """Write samples.png: unguided and guided samples side by side, on the tree with the exact density."""
         c = self.c
         titles = ["unguided samples"]
         if len(samples) > 1:
@@ -470,7 +472,7 @@ def compare(paths, out="compare.svg", metric=None):
 
 
 def read_arms(paths):
-    """{arm: [curves of a run, ...]} of run folders; each folder counts once."""
+    """{arm: [the curves of each run]} of run folders; a folder given twice counts once."""
     folders = list(dict.fromkeys(os.path.abspath(path) for path in paths))
     top = os.path.commonpath([os.path.dirname(folder) for folder in folders])
     arms = {}
@@ -503,8 +505,9 @@ def _add_points(points, record):
     suffix = ""
     if record["guidance"] != 1:
         suffix = f", guided {record['guidance']:g}"
-    for name in record:
-        if name in NOT_METRICS and name != "other_examples" or not np.isfinite(record[name]):
+    metrics = [name for name in record if name not in NOT_METRICS]
+    for name in [*metrics, "other_examples"]:                   # what guides and proxies cost is a column
+        if not np.isfinite(record[name]):
             continue
         column = points.setdefault(Column(name + suffix, protocol), {axis: {} for axis in AXES})
         column["examples"][record["examples_trained"]] = record[name]
@@ -626,12 +629,12 @@ def main(argv=None):
     if args.compare:
         if not args.paths:
             raise data.DataError("--compare needs one or more run folders")
-        data.output(args.out)
+        data.require_writable(args.out)
         print(compare(args.paths, args.out, args.metric))
     elif args.fit:
         if len(args.paths) != 1:
             raise data.DataError(f"--fit needs one data set, not {len(args.paths)}")
-        data.output(args.fit)
+        data.require_writable(args.fit)
         dataset = data.load(args.paths[0], args.size)
         accuracy = fit(args.fit, dataset, args.epochs, args.width, args.device, args.seed)
         print(f"{args.fit}: held-out accuracy {accuracy:.4f}, use it with --features own:{args.fit}")
@@ -690,7 +693,7 @@ def score_images(args, real, fake):
 
 
 def score_statistics(args, published, datasets):
-    """(the FID alone, id of the features) where one or both sides are given as (mu, sigma)."""
+    """(the FID alone, id of the features) if one or both sides are given as (mu, sigma)."""
     if args.features != "inception":
         raise data.DataError(f"--features {args.features}: statistics (mu, sigma) are those of inception")
     net_id = "inception"
@@ -710,8 +713,8 @@ def score_statistics(args, published, datasets):
 
 
 def statistics(path):
-    """(mu [d], sigma [d, d]) float64 in an .npz, as pytorch-fid writes them of FID Inception's features. None
-    for all other files; raises DataError for a damaged .npz."""
+    """(mu [d], sigma [d, d]) float64 from an .npz of pytorch-fid. None for all other files. Raises DataError
+    for a damaged .npz."""
     if not path.endswith(".npz"):
         return None
     with data.reading(path, "statistics (mu [d], sigma [d, d], finite), nor a data set"):
@@ -742,8 +745,8 @@ class Pixels(torch.nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Own features: a small residual classifier for any resolution from 8 pixels; its features are the averages
-# over positions of the last activations.
+# Own features: a small residual classifier for any resolution from 8 pixels up. Its features are the last
+# activations, averaged over positions.
 
 class Classifier(torch.nn.Module):
     """uint8 [N, 3, H, W] -> float32 features [N, 8 width]; `logits(images)` [N, classes] for training."""
@@ -785,12 +788,8 @@ def load_classifier(path):
     """The Classifier in a file of `fit`, with its `id` and `size`. Raises DataError."""
     with data.reading(path, "a classifier (fid.py --fit)"):
         file = model.load_checkpoint(path)
-        with torch.device("meta"):                              # no memory: the file's tensors take its place
-            net = Classifier(len(file["class_names"]), file["width"])
-        net.load_state_dict(file["model"], assign=True)
-        for tensor in file["model"].values():
-            if not tensor.isfinite().all():
-                raise ValueError("its weights are not finite")
+        make = functools.partial(Classifier, len(file["class_names"]), file["width"])
+        net = model.with_weights(make, file["model"])
         net.size = file["size"]
         net.id = _id_of_file("own", path)
     return net
@@ -840,7 +839,7 @@ def fit(
     for epoch in range(1, epochs + 1):
         net.train()
         for rows in index[torch.randperm(len(index))].split(batch)[:steps_per_epoch]:
-            images, labels = _take(dataset, rows, device)
+            images, labels = _images_and_labels(dataset, rows, device)
             with cast:
                 logits = net.logits(_augment(images, generator))
             loss = F.cross_entropy(logits.float(), labels, label_smoothing=0.1)
@@ -860,17 +859,17 @@ def fit(
     return accuracy
 
 
-def _take(dataset, rows, device):
-    """Host int64 [n] -> images uint8 [n, 3, H, W] and labels int64 [n] on `device`."""
+def _images_and_labels(dataset, rows, device):
+    """(uint8 [n, 3, H, W], int64 [n]) on `device` of the examples at `rows`, int64 [n] on the host."""
     images = dataset.x[data.put(rows, dataset.x.device)]
     return data.put(images, device), data.put(dataset.labels[rows], device)
 
 
 def _accuracy(net, dataset, index, device):
-    """Share of the examples at `index` whose class the network tells."""
+    """Share of the examples at `index` whose class the network predicts."""
     right = []
     for rows in index.split(1000):
-        images, labels = _take(dataset, rows, device)
+        images, labels = _images_and_labels(dataset, rows, device)
         right.append(net.logits(images).argmax(1) == labels)
     return torch.cat(right).float().mean().item()
 
@@ -891,8 +890,9 @@ def _augment(images, generator, shift=4):
 
 # ------------------------------------------------------------------------------------------------------------
 # The FID Inception network (TensorFlow's graph of 2015-12-05). A block is lines of convolutions, each "name
-# channels kernel". A line starts at the block's input x, at its pooled input or at an earlier convolution;
-# the ends of all lines are concatenated. "3s2" is 3x3 with stride 2 and no padding, others keep the size.
+# channels kernel". A line starts at the block's input x, at its pooled input, or at a convolution of an
+# earlier line. The ends of all lines are concatenated. "3s2" is 3x3 with stride 2, no padding; others keep
+# the size.
 
 WEIGHTS_HASH = "6726825d"                       # the first digits of the SHA-256 of the published file
 WEIGHTS_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -936,7 +936,7 @@ class Mixed(torch.nn.Module):
     def __init__(self, c_in, lines, n, pool):
         super().__init__()
         self.pool = POOLS[pool]
-        self.lines = []                                         # of each line the source and the convolutions
+        self.lines = []                                         # of each line: [source, convolution, ...]
         channels = {"x": c_in, "pool": c_in}
         for line in lines.format(n=n).split("\n"):
             source, *convolutions = line.split(">")
@@ -1013,9 +1013,7 @@ def load_inception(path=None):
         path = data.path(path)
     with data.reading(path, f"the FID Inception weights ({advice})"):
         state = model.load_checkpoint(path)
-        with torch.device("meta"):                              # no memory: the file's tensors take its place
-            net = Inception()
-        net.load_state_dict(_fold_batch_norms(state), assign=True)
+        net = model.with_weights(Inception, _fold_batch_norms(state))
         net.id = _id_of_file("inception", path)
     return net
 

@@ -1,9 +1,9 @@
-"""Autoguidance as one denoiser made of two, Heun's sampler, and samples by seed.
+"""Autoguidance, which makes one denoiser of two; Heun's sampler; and samples by seed.
 
 Autoguidance: "Guiding a Diffusion Model with a Bad Version of Itself" (arXiv 2406.02507). The sampler is that
 of EDM (arXiv 2206.00364, algorithm 1). In a program of your own:
 
-    denoiser = autoguided(model, weak_model, 2.0)
+    denoiser = autoguided(main, guide, 2.0)
     samples = torch.cat(list(generate(denoiser, seeds=range(1000), steps=32, sigma_max=80.0)))
 """
 import math
@@ -13,15 +13,15 @@ import torch
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Autoguidance: D_w = D_guide + w (D_main - D_guide) (2406.02507 eq. 3). The noise level is a number on the
-# host, so that an interval is decided there. Its tensor is made on the device, so that nothing is copied.
+# Autoguidance: D_w = D_guide + w (D_main - D_guide) (2406.02507 eq. 3). The noise level is a Python number,
+# so the interval is checked without waiting for the device. Its tensor is made on the device, without a copy.
 
 def autoguided(main, guide=None, w=1.0, interval=(0.0, math.inf)):
     """The denoiser to sample with: (x [N, ...], sigma as a number, labels int64 [N] or None) -> D_w [N, ...].
 
-    main and guide are called with sigma [N]. w = 1 is the main model alone, w = 0 the guide alone, and w > 1
-    guides. The guide is not run at noise levels outside of `interval`, (lowest, highest) (2404.07724).
-    ValueError if the two denoise different shapes or have different numbers of labels.
+    main and guide are denoisers, called with sigma [N]. w = 1 is the main denoiser alone, w = 0 the guide
+    alone, and w > 1 leads away from the guide. Outside of `interval` (lowest, highest) the main denoiser is
+    used alone (2404.07724). ValueError if the two differ in shape or number of labels.
     """
     if w != 1 and (guide.shape, guide.classes) != (main.shape, main.classes):
         raise ValueError(f"it denoises {list(guide.shape)} with {guide.classes} labels, "
@@ -44,7 +44,8 @@ def autoguided(main, guide=None, w=1.0, interval=(0.0, math.inf)):
 # The noise levels of EDM (eq. 5) and Heun's second-order steps between them.
 
 def noise_levels(steps, sigma_min, sigma_max, rho=7.0):
-    """sigma_max = t_0 > ... > t_{steps-1} = sigma_min, then 0: float64 [steps + 1]. For 1: sigma_max, 0."""
+    """sigma_max = t_0 > ... > t_{steps-1} = sigma_min, then 0: float64 [steps + 1]; only sigma_max and 0 for
+    one step."""
     ramp = np.linspace(0, 1, steps)
     first = sigma_max ** (1 / rho)
     last = sigma_min ** (1 / rho)
@@ -71,15 +72,15 @@ def heun(denoiser, noise, labels=None, steps=32, sigma_min=0.002, sigma_max=80.0
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Samples by seed. Noise is drawn on the CPU, by one generator for each sample. All batches have the same
-# size, a multiple of 16 to which the last one is padded: so there is one compiled graph, and a sample is the
-# same to the last bit whatever the batch, since matrix kernels round differently for few rows.
+# Samples by seed. Noise is drawn on the CPU, with one generator per sample. Every batch has the same size, a
+# multiple of 16, and the last one is padded. So one compiled graph serves all batches, and a sample is the
+# same to the last bit in any batch; matrix kernels would round differently for few rows.
 
 def generate(denoiser, seeds, labels=None, batch=256, device="cpu", **sampler):
     """Yield samples [<= batch, ...] for seeds [N] and labels int64 [N] or None; `sampler` goes to `heun`."""
     batch_size = math.ceil(batch / 16) * 16
     for start in range(0, len(seeds), batch_size):
-        rows = [min(i, len(seeds) - 1) for i in range(start, start + batch_size)]       # the last is repeated
+        rows = [min(i, len(seeds) - 1) for i in range(start, start + batch_size)]       # pad with the last
         noise = []
         for row in rows:
             generator = torch.Generator().manual_seed(int(seeds[row]))

@@ -96,14 +96,14 @@ def loss_weight(sigma, sigma_data=0.5):
 def per_example_loss(D_x, target, sigma, sigma_data=0.5):
     """lambda(sigma) times the mean over dimensions of (D_x - target)^2: [N, ...], [N, ...], [N] -> fp32 [N].
 
-    The mean stands where EDM sums over the dimensions.
+    EDM sums over the dimensions; this loss takes their mean.
     """
     squares = (D_x.float() - target).square()
     return loss_weight(sigma, sigma_data) * squares.flatten(1).mean(1)
 
 
 def per_example(v, like):
-    """v [N] with as many dimensions as like [N, ...]: [N, 1, 1, ...]."""
+    """v [N] as [N, 1, ...] with as many dimensions as `like`, so that it multiplies whole examples."""
     ones = (1,) * (like.ndim - 1)
     return v.reshape(-1, *ones)
 
@@ -203,7 +203,7 @@ class UNet(torch.nn.Module):
         return self.out(x, self.out_gain)
 
     def embedding(self, noise_label, class_labels):
-        """What the blocks are told about noise levels [N] and labels int64 [N] or None: [N, 4 * channels]."""
+        """The embedding [N, 4 * channels] of noise levels [N] and labels int64 [N] or None, for blocks."""
         emb = self.emb_noise(self.fourier(noise_label))
         if self.emb_class is not None:
             if class_labels is None:
@@ -369,11 +369,11 @@ def resample(x, mode):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Between gradients and optimizer step: functions of lists of tensors, in place, which train.py compiles.
+# Around the optimizer step: these functions change lists of tensors in place, and train.py compiles them.
 
 @torch.no_grad()
 def make_finite(gradients):
-    """Replace what is not finite in a list of gradients by 0, in place."""
+    """Set the entries of a list of gradients that are not finite to 0, in place."""
     torch._foreach_copy_(gradients, [g.nan_to_num(0, 0, 0) for g in gradients])
 
 
@@ -395,8 +395,8 @@ def projected_weights(module):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The raw network F for 2-D points. Its layers are plain ones: on the tree they reach a hit of 0.84 after
-# 4,096 steps of 816 examples, where magnitude-preserving layers reach 0.75.
+# The raw network F for 2-D points. Its layers are ordinary linear layers: on the tree they reach a hit of
+# 0.84 after 4,096 steps of 816 examples, and magnitude-preserving layers reach 0.75.
 
 class MLP(torch.nn.Module):
     """F(x, noise_label, None): ([N, 2], [N]) -> [N, 2]."""
@@ -470,7 +470,7 @@ def ema_gamma(std):
 # bf16 autocast and one compiled graph with static shapes around a function of tensors.
 
 def accelerate(function, device, bf16=False, compiled=False):
-    """The same function under autocast and, if `compiled`, as one graph; with a denoiser's shape, classes."""
+    """`function` under autocast and, if `compiled`, as one graph; it keeps a denoiser's shape and classes."""
     device_type = torch.device(device).type
 
     def run(*args):
@@ -487,10 +487,11 @@ def accelerate(function, device, bf16=False, compiled=False):
     return run
 
 
-def able(device, bf16, compiled):
-    """-> (bf16, compiled) as wanted, but False where this machine cannot, which a line on stderr says."""
+def supported(device, bf16, compiled):
+    """The wanted (bf16, compiled), with False for what this machine cannot do; a line on stderr says which.
+    Also lets cuDNN search for the fastest kernels, which pays because all shapes are fixed."""
     is_gpu = torch.device(device).type == "cuda"
-    torch.backends.cudnn.benchmark = True                       # it pays, since all shapes are fixed
+    torch.backends.cudnn.benchmark = True
     if bf16 and is_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
         print("this GPU has no bf16: computing in fp32", file=sys.stderr)
         bf16 = False
@@ -552,14 +553,21 @@ def load_denoiser(path, ema=None, device="cpu", like=None):
     weights = dict(checkpoint["model"])
     if ema != 0:
         weights |= chosen_average(checkpoint["ema"], ema)
-    with torch.device("meta"):                                  # only shapes: bad settings allocate nothing
-        denoiser = build(config)
-    denoiser.load_state_dict(weights, assign=True)
-    for tensor in denoiser.state_dict().values():
-        if not tensor.isfinite().all():
-            raise ValueError("its weights are not finite")
+    denoiser = with_weights(functools.partial(build, config), weights)
     denoiser = denoiser.to(device).float().eval().requires_grad_(False)
     return denoiser.to(memory_format=torch.channels_last)
+
+
+def with_weights(make, weights):
+    """The module that make() returns, with these weights. It is made without memory, so that bad settings in
+    a file allocate nothing. ValueError if a weight is not finite."""
+    with torch.device("meta"):
+        module = make()
+    module.load_state_dict(weights, assign=True)
+    for tensor in module.state_dict().values():
+        if not tensor.isfinite().all():
+            raise ValueError("its weights are not finite")
+    return module
 
 
 def chosen_average(averages, ema):
@@ -572,8 +580,8 @@ def chosen_average(averages, ema):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# What two denoisers must share, so that one can guide the other or be compared with it: the settings in
-# model_config that describe the data, and what a message calls them.
+# Settings in model_config that describe the data. Two denoisers must agree on them before one can guide the
+# other or be compared with it. The values are the words that messages use.
 
 SAME_DATA = {"kind": "kind", "shape": "shape", "classes": "number of labels", "class_names": "class",
              "mean": "mean", "std": "standard deviation"}

@@ -22,7 +22,7 @@ import model
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Everything from the flags to the files.
+# The program, from the flags to the files.
 
 def main(argv=None):
     """Draw the samples that the flags describe and write them to --out."""
@@ -33,7 +33,7 @@ def main(argv=None):
     labels = choose_labels(args, config)
     denoiser = guided(args, network)
     files = output_files(args, config["kind"])
-    data.output(files[0])
+    data.require_writable(files[0])
     batches = draw(args, config, denoiser, labels)
     suffix = os.path.splitext(args.out)[1]
     if suffix == ".npz":
@@ -53,7 +53,7 @@ def draw(args, config, denoiser, labels):
     done = 0
     sampler = dict(steps=steps, sigma_max=sigma_max)
     for x in guide.generate(denoiser, seeds, labels, args.batch, args.device, **sampler):
-        yield data.decode(x, config).cpu()
+        yield data.unscale(x, config).cpu()
         done += len(x)
         data.progress(f"{done}/{args.n} samples", last=done == args.n)
 
@@ -129,7 +129,7 @@ def refuse_guide_flags(args, why):
 # The model and its guide. A run's model_config says how the run was evaluated.
 
 def load(args):
-    """The model.Denoiser of the checkpoint, checked for all settings that are used here."""
+    """The model.Denoiser of the checkpoint; it has all settings that this program uses."""
     path = model.checkpoint_of(args.checkpoint)
     with data.reading(path, "a denoiser of this program"):
         network = model.load_denoiser(path, args.ema, args.device)
@@ -144,7 +144,7 @@ def require_settings(config):
                  sampling_steps=int, sigma_max=number)
     for name, expected in types.items():
         if name not in config:
-            raise ValueError(f"it has no {name}: another version has written it")
+            raise ValueError(f"it has no {name}: another version of this program wrote it")
         if not isinstance(config[name], expected):
             raise ValueError(f"its {name} is of type {type(config[name]).__name__}")
 
@@ -158,11 +158,11 @@ def guided(args, network):
         return guide.autoguided(in_precision_of_run(network, config, args.device))
     path = guide_path(args, config, weight)
     with data.reading(path, "a guide for this model"):
-        weak = model.load_denoiser(path, None, args.device, like=config)
+        guide_network = model.load_denoiser(path, None, args.device, like=config)
     interval = (0.0, math.inf) if args.interval is None else args.interval
     network = in_precision_of_run(network, config, args.device)
-    weak = in_precision_of_run(weak, config, args.device)
-    return guide.autoguided(network, weak, weight, interval)
+    guide_network = in_precision_of_run(guide_network, config, args.device)
+    return guide.autoguided(network, guide_network, weight, interval)
 
 
 def guide_path(args, config, weight):
@@ -181,15 +181,13 @@ def guide_path(args, config, weight):
 def in_precision_of_run(network, config, device):
     """The network, not compiled: on a GPU in the precision of its run's evaluation, on a CPU in fp32."""
     is_gpu = device.startswith("cuda")
-    bf16, _ = model.able(device, config["bf16"] and is_gpu, False)
+    bf16, _ = model.supported(device, config["bf16"] and is_gpu, False)
     return model.accelerate(network, device, bf16)
 
 
 def choose_labels(args, config):
-    """int64 [n] or None for an unconditional model: of --class, or of all classes in the data's shares.
-
-    A model of mirrored images has further labels for these, which are not sampled.
-    """
+    """The labels int64 [n] to sample, None for an unconditional model: --class, or all classes in the shares
+    of the data. The labels of mirrored images are not sampled."""
     names = list(config["class_names"])
     if args.class_name is not None:
         if args.class_name not in names:

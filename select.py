@@ -1,4 +1,4 @@
-"""Which examples a training step uses: uniform batches, or JEST and AJEST, which choose from a larger batch.
+"""Choose the examples of a training step: uniform batches, or JEST and AJEST, which pick from a larger batch.
 
 JEST: "Data curation via joint example selection further accelerates multimodal learning" (arXiv 2406.17711).
 AJEST is JEST with the guide of autoguidance as the reference (arXiv 2509.15267). In a loop of your own:
@@ -38,15 +38,15 @@ else:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# JEST draws a batch in chunks. Each chunk follows the scores given the m examples chosen so far. What these
-# m add to the score of example i depends on the matrix S of pairs. For a loss without pairs JEST's own
-# matrix is diagonal, and nothing is added. The AJEST authors take S_ij = loss_i(learner) -
-# loss_j(reference). Then the sum of S_ij + S_ji over the m is m * score_i plus a term that is equal for all
-# i. They divide it by the number of terms. Either way the matrix reduces to a factor on the scores.
+# JEST draws a batch in chunks. Once m examples are chosen, it scores every other example i by a matrix S of
+# pairs: S_ii plus the sum of S_ij + S_ji over the m chosen j. For a loss without pairs JEST's own matrix is
+# diagonal, so the chosen examples add nothing. The AJEST authors take S_ij = loss_i(learner) -
+# loss_j(reference). Then the sum is (m + 1) * score_i plus a term that is the same for every i, and they
+# divide it by its number of terms, 2 m + 1. Either way S reduces to a factor on the scores.
 
 FACTORS = {
     "independent": lambda m: 1,                                 # JEST (2406.17711) for a loss without pairs
-    "mean": lambda m: (m + 1) / (2 * m + 1) if m else 0,        # AJEST's code; the first chunk is uniform
+    "mean": lambda m: (m + 1) / (2 * m + 1) if m > 0 else 0,    # AJEST's code; the first chunk is uniform
     "sum": lambda m: m + 1}                                     # an early version of it: no division
 
 
@@ -67,11 +67,11 @@ def finite(scores):
 def jest(scores, k, chunks=16, joint="mean", generator=None):
     """Choose k of B examples, in at most `chunks` chunks: scores [B] -> indices int64 [k], none twice.
 
-    A chunk is drawn without replacement from softmax(FACTORS[joint](m) * scores) by Gumbel-top-k: the largest
-    of logits plus Gumbel noise. No line here waits for the device.
+    A chunk is drawn without replacement from softmax(FACTORS[joint](m) * scores) by Gumbel-top-k: it takes
+    the largest logits after Gumbel noise is added. Nothing here waits for the device.
     """
     logits = finite(scores)
-    logits = (logits - logits.max()).clamp(min=-1e30)           # times any factor still finite
+    logits = (logits - logits.max()).clamp(min=-1e30)           # finite after any factor
     chunk_size = math.ceil(k / chunks)
     chosen = []
     for m in range(0, k, chunk_size):                           # m examples are chosen already
@@ -102,34 +102,37 @@ def gumbel_top_k(logits, k, generator=None):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# What makes an example worth training on (2406.17711, section 3.1). "root-loss" is ours: its softmax draws in
-# proportion to the gradient's norm at the network's output, which is sqrt(loss), divided by e^u where EDM2's
+# Scores of examples (2406.17711, section 3.1). "root-loss" is ours: its softmax draws in proportion to the
+# norm of the gradient at the network's output. This norm is sqrt(loss), or sqrt(loss) / e^u where EDM2's
 # uncertainty u(sigma) divides the loss by e^u. The 0.1 bounds the weights of --debias.
 
 SCORES = ("learnability", "hard", "easy", "root-loss")
 
 
-def example_scores(learner, reference=None, u=None, kind="learnability", invert=False, gain=0.0):
-    """Scores [B] of a super-batch; what scores higher is chosen more.
+def example_scores(
+    learner_losses, reference_losses=None, u=None, score="learnability", invert=False, gain=0.0,
+):
+    """Scores [B] of a super-batch; an example with a higher score is more likely to be chosen.
 
-    learner, reference  losses [B] on the same noise levels, noise and targets; "hard" and "root-loss" need no
-                        reference
+    learner_losses      [B]
+    reference_losses    [B], on the same noise levels, noise and targets; not used by "hard" and "root-loss"
     u                   log-uncertainty u(sigma) [B], for "root-loss"; None = 0
+    score               a name in SCORES
     invert              prefer low scores
     gain                > 0 standardizes the scores over the super-batch and multiplies them by gain; 0 = raw
     """
-    if kind == "learnability":
-        scores = learner - reference
-    elif kind == "hard":
-        scores = learner
-    elif kind == "easy":
-        scores = -reference
-    elif kind == "root-loss":
-        scores = (learner + 0.1).log() / 2
+    if score == "learnability":
+        scores = learner_losses - reference_losses
+    elif score == "hard":
+        scores = learner_losses
+    elif score == "easy":
+        scores = -reference_losses
+    elif score == "root-loss":
+        scores = (learner_losses + 0.1).log() / 2
         if u is not None:
             scores = scores - u
     else:
-        raise ValueError(f"score {kind}: give one of {', '.join(SCORES)}")
+        raise ValueError(f"score {score}: give one of {', '.join(SCORES)}")
     if invert:
         scores = -scores
     if gain > 0:
@@ -138,7 +141,7 @@ def example_scores(learner, reference=None, u=None, kind="learnability", invert=
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Selectors. Each is called with a step and returns the batch to train on and a weight for each example.
+# Selectors. A selector is called with the step and returns the batch to train on and a weight per example.
 
 class Uniform:
     """Random batches, all weights 1."""
@@ -153,21 +156,21 @@ class Uniform:
 
 
 class Jest:
-    """The k best-scoring examples of a super-batch, with their noise levels, noise and targets. With the
-    guide as the reference this is AJEST."""
+    """k examples of a super-batch, chosen by their scores and trained on with the noise levels, noise and
+    targets that they were scored on. With the guide as the reference this is AJEST."""
 
     def __init__(
         self,
         super_batches,              # super_batches[step] -> data.Batch of B examples
         learner_loss,               # learner_loss(batch) -> losses [B], without gradient
         reference_loss,             # the same for the reference; None = the score needs no reference
-        k,                          # how many examples to keep
+        k,                          # examples to choose
         make_generator,             # make_generator(step) -> torch.Generator
-        chunks=16,                  # chunks in which the batch is filled
-        joint="mean",               # what chosen examples add to the scores of others: a name in FACTORS
+        chunks=16,                  # the batch is filled in at most this many chunks
+        joint="mean",               # a name in FACTORS
         debias=False,               # draw once and weigh by inverse inclusion probability
         uncertainty=None,           # uncertainty(sigma [B]) -> u [B], for the score "root-loss"
-        kind="learnability",        # of `example_scores`, as invert and gain
+        score="learnability",       # score, invert and gain: see `example_scores`
         invert=False,
         gain=0.0,
     ):
@@ -180,27 +183,27 @@ class Jest:
         self.joint = joint
         self.debias = debias
         self.uncertainty = uncertainty
-        self.kind = kind
+        self.score = score
         self.invert = invert
         self.gain = gain
         self.drawn = super_batches.n
-        self.mean_excess = None     # of the learner's loss, for --until-better
+        self.mean_excess = None     # mean of learner's loss - reference's loss, for --until-better
 
     def __call__(self, step):
         batch = self.super_batches[step]
 
         # Score the super-batch.
-        learner = self.learner_loss(batch)
-        reference = None
+        learner_losses = self.learner_loss(batch)
+        reference_losses = None
         if self.reference_loss is not None:
-            reference = self.reference_loss(batch)
-            self.mean_excess = (learner - reference).mean()
+            reference_losses = self.reference_loss(batch)
+            self.mean_excess = (learner_losses - reference_losses).mean()
         u = None
         if self.uncertainty is not None:
             u = self.uncertainty(batch.sigma)
-        scores = example_scores(learner, reference, u, self.kind, self.invert, self.gain)
+        scores = example_scores(learner_losses, reference_losses, u, self.score, self.invert, self.gain)
 
-        # Choose k of it.
+        # Choose k examples.
         generator = self.make_generator(step)
         if self.debias:
             index, weight = gumbel_top_k(scores, self.k, generator)

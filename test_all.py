@@ -304,11 +304,11 @@ def test_gumbel_top_k_weights_make_any_mean_unbiased():
 def test_scores():
     learner, reference = torch.tensor([3.0, 1.0, 2.0]), torch.tensor([1.0, 2.0, 2.0])
     assert select.example_scores(learner, reference).tolist() == [2, -1, 0]
-    assert select.example_scores(learner, kind="hard").tolist() == [3, 1, 2]
-    assert select.example_scores(learner, reference, kind="easy", invert=True).tolist() == [1, 2, 2]
+    assert select.example_scores(learner, score="hard").tolist() == [3, 1, 2]
+    assert select.example_scores(learner, reference, score="easy", invert=True).tolist() == [1, 2, 2]
     standardized = select.example_scores(learner, reference, gain=4.0)
     assert abs(standardized.mean()) < 1e-5 and abs(standardized.std() - 4) < 1e-5
-    assert torch.allclose(select.example_scores(learner, kind="root-loss").exp() ** 2, learner + 0.1)
+    assert torch.allclose(select.example_scores(learner, score="root-loss").exp() ** 2, learner + 0.1)
 
 
 def test_root_loss_is_the_gradient_norm_at_the_output_of_the_network():
@@ -328,7 +328,7 @@ def test_root_loss_is_the_gradient_norm_at_the_output_of_the_network():
     assert u.std() > 0.2
     ratio = norms.log() - (losses.log() / 2 - u)
     assert ratio.std() < 1e-3
-    scores = select.example_scores(losses, u=u, kind="root-loss")
+    scores = select.example_scores(losses, u=u, score="root-loss")
     assert torch.allclose(scores, (losses + 0.1).log() / 2 - u)
     c = _settings("--data", _folder() / "d.npz", "--channels 8 --blocks 1 --batch 40 --guide none "
                   "--selector jest --score root-loss --filter 0.5")
@@ -339,7 +339,7 @@ def test_root_loss_is_the_gradient_norm_at_the_output_of_the_network():
 
 def test_a_score_that_is_not_known_is_an_error():
     with pytest.raises(ValueError, match="root-loss"):
-        select.example_scores(torch.ones(3), kind="beauty")
+        select.example_scores(torch.ones(3), score="beauty")
 
 
 @pytest.mark.parametrize("flags", [
@@ -676,18 +676,18 @@ def test_many_accelerated_functions_stay_compiled(monkeypatch):
         assert len(graphs) == 20
 
 
-@pytest.mark.parametrize("device, missing, able, words", [
+@pytest.mark.parametrize("device, missing, supported, words", [
     ("cpu", "", (True, True), ""), ("cuda", "bf16", (False, True), "bf16"),
     ("cuda", "triton", (True, False), "triton"), ("cpu", "compiler", (True, False), "a C")])
-def test_a_machine_says_what_it_cannot_do(monkeypatch, capsys, device, missing, able, words):
+def test_a_machine_says_what_it_cannot_do(monkeypatch, capsys, device, missing, supported, words):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: "bf16" not in missing)
     monkeypatch.setattr(model.importlib.util, "find_spec", lambda name: None if name in missing else name)
     monkeypatch.setattr(shutil, "which", lambda name: None if "compiler" in missing else name)
-    assert model.able(device, True, True) == able
+    assert model.supported(device, True, True) == supported
     err = capsys.readouterr().err
     assert words in err
     assert len(err.splitlines()) == (1 if words else 0)
-    assert model.able(device, False, False) == (False, False)
+    assert model.supported(device, False, False) == (False, False)
     assert capsys.readouterr().err == ""
 
 
@@ -945,7 +945,7 @@ def test_resuming_is_bit_identical(tmp_path, monkeypatch, flags, device):
 def test_a_stop_in_an_evaluation_leaves_the_last_step(tmp_path, monkeypatch, capsys):
     flags, run = f"{TINY} --eval-samples 8 --eval-every 20", tmp_path / "run"
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
-        patch.setattr(fid.Evaluation, "draw", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr(fid.Evaluation, "sample", lambda *_: os.kill(os.getpid(), signal.SIGINT))
         data.command(lambda: _train(flags, out=run))
     assert "the same command" in capsys.readouterr().err and _load(run)["progress"]["step"] == 20
     _train(flags, out=run)
@@ -1003,6 +1003,16 @@ def test_a_run_goes_on_from_another_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir("elsewhere")
     _train(f"--device cpu --data {_folder()}/d.npz --steps 4", out=tmp_path / "run")
     assert [r["guidance"] for r in _records(tmp_path / "run", "eval")] == [1, 1.5, 1, 1.5]
+
+
+def test_own_features_may_lie_at_home_and_a_later_start_in_another_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    Path("own.pt").write_bytes(b"1")
+    flags = f"--data {_folder()}/d.npz --keep 0.5 --metrics own:own.pt --prune-features own:~/own.pt"
+    c = _settings(flags)
+    assert c.metrics == c.prune_features == f"own:{tmp_path}/own.pt"
+    assert c.file_hashes == dict(prune_features=hashlib.sha256(b"1").hexdigest())
 
 
 @pytest.mark.parametrize("damage", [os.remove, lambda path: path.write_bytes(path.read_bytes()[:-900])])
@@ -1265,9 +1275,9 @@ def test_unlabelled_images_train_with_selection_and_validate_each_example_once()
 def test_l2_is_taken_at_the_noise_level_and_steps_of_the_run(tmp_path):
     for flags in "--sigma-max 2 --sampling-steps 7", "--sigma-max 5 --sampling-steps 3", "":
         evaluation = fid.Evaluation(_settings(flags, "--eval-samples 64"), TREE, tmp_path)
-        _, metrics = evaluation.draw(TREE.denoise)
+        _, metrics = evaluation.sample(TREE.denoise)
         assert metrics["l2"] < 1e-5 and (flags or metrics["hit"] > 0.95)
-        _, metrics = evaluation.draw(lambda x, *_: TREE.denoise(x, 1.0))
+        _, metrics = evaluation.sample(lambda x, *_: TREE.denoise(x, 1.0))
         assert metrics["l2"] > 0.01
 
 
@@ -1321,6 +1331,12 @@ def test_without_metrics_no_empty_line_is_printed(capsys, flags, number):
     _train(SMALL, f"--data {_folder()}/d.npz --guide none --eval-samples 4 --metrics none", flags)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
     assert len(lines) == number and all("validation_loss 0." in line for line in lines), lines
+
+
+def test_metrics_that_a_closed_terminal_loses_end_no_run(monkeypatch):
+    evaluation = mock.Mock(records=lambda *_: [dict(samples=4, l2=0.5)])
+    monkeypatch.setattr(sys, "stdout", GoneTerminal())
+    fid.Evaluation.print_metrics(evaluation, [], 1, 1.0)
 
 
 def test_the_whole_pipeline_on_images(tmp_path, capsys):
@@ -1379,7 +1395,7 @@ def _draw_by_hand(w):
     denoiser = guide.autoguided(network, model.load_denoiser(run / "guide.pt"), w)
     labels = torch.arange(4) % 3
     x = torch.cat(list(guide.generate(denoiser, range(4), labels, steps=2, sigma_max=80.0)))
-    return data.decode(x, network.config).numpy()
+    return data.unscale(x, network.config).numpy()
 
 
 def test_samples_are_guided_as_the_run_was_evaluated_or_as_the_flags_say(tmp_path):
@@ -1404,6 +1420,7 @@ def test_samples_are_guided_as_the_run_was_evaluated_or_as_the_flags_say(tmp_pat
 def test_without_flags_samples_are_those_of_the_evaluation(tmp_path, monkeypatch):
     pictures = []
     image_grid = data.image_grid
+    guide_run = _guided_runs()[0]                               # trained before pictures are remembered
 
     def remember(images, *args):
         pictures.append(images)
@@ -1413,7 +1430,7 @@ def test_without_flags_samples_are_those_of_the_evaluation(tmp_path, monkeypatch
     (tmp_path / "far/away").mkdir(parents=True)
     (tmp_path / "runs").symlink_to(tmp_path / "far/away")       # the guide is found from a linked folder
     flags = f"{SMALL} --data {_folder()}/d.npz --lr 0.05 --warmup 0 --steps 4 --eval-samples 4 --metrics none"
-    guided = _train(flags, "--sampling-steps 3 --sigma-max 9 --guidance 2 --guide", _guided_runs()[0],
+    guided = _train(flags, "--sampling-steps 3 --sigma-max 9 --guidance 2 --guide", guide_run,
                     out=tmp_path / "runs/guided")
     distilled = _train(flags, "--guided-targets 1.6")
     evaluated = list(pictures)                                  # of guided: without guidance, with it
@@ -1472,7 +1489,7 @@ def test_flags_that_cannot_be_sampled_with_are_refused(tmp_path, monkeypatch, ca
 
 
 @pytest.mark.parametrize("name, value, says", [
-    ("bf16", None, "it has no bf16: another version has written it"),
+    ("bf16", None, "it has no bf16: another version of this program"),
     ("guide", 5, "its guide is of type int"),
     ("sampling_steps", "many", "its sampling_steps is of type str")])
 def test_a_checkpoint_without_the_settings_of_its_evaluation_is_refused(tmp_path, capsys, name, value, says):
@@ -1653,7 +1670,7 @@ def test_reading_lets_mistakes_of_the_program_pass(tmp_path):
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), OSError(), SystemExit("kill")])
 def test_writing_is_whole_or_not_at_all_and_refused_before_the_work(tmp_path, monkeypatch, error):
     path = tmp_path / "new/x.pt"
-    data.output(path)                                           # makes the folder
+    data.require_writable(path)                                           # makes the folder
     path.write_bytes(b"old")
     monkeypatch.setattr(os, "replace", mock.Mock(side_effect=error))            # the last moment
     with pytest.raises((data.DataError, SystemExit), match="/x.pt: cannot be written, |^kill$"):
@@ -1661,9 +1678,9 @@ def test_writing_is_whole_or_not_at_all_and_refused_before_the_work(tmp_path, mo
             file.write(b"new")
     assert path.read_bytes() == b"old" and os.listdir(path.parent) == ["x.pt"]
     with pytest.raises(data.DataError, match="/new: is a folder"):
-        data.output(path.parent)
+        data.require_writable(path.parent)
     with pytest.raises(data.DataError, match="/new/x.pt: cannot be written, File exists"):
-        data.output(path / "y.pt")
+        data.require_writable(path / "y.pt")
 
 
 @pytest.mark.parametrize("error", [
@@ -1791,11 +1808,6 @@ def test_names_that_the_output_cannot_encode_are_escaped(monkeypatch):
     assert sys.stderr.buffer.getvalue() == b"error: \\u732b: no such file\n"
 
 
-def test_help_needs_no_docstring():                             # python -OO has none
-    assert "usage: " in data.parser(None, "FILE [flags]").format_help()
-    assert "\nOnce.\n" in data.parser("Once.\n\nMore.", "FILE").format_help()
-
-
 @pytest.mark.parametrize("columns, width", [(40, 39), (0, 79)])
 def test_the_progress_line_fits_the_terminal(monkeypatch, columns, width):
     master, slave = pty.openpty()
@@ -1806,7 +1818,10 @@ def test_the_progress_line_fits_the_terminal(monkeypatch, columns, width):
         data.progress("long " * 40)
         data.progress("too soon")
         data.progress("last", last=True)
-        rows = screen.read(1000).decode().replace("\r\n", "\r").split("\r")
+        shown = b""
+        while not shown.endswith(b"\n"):                        # a terminal passes on a piece at a time
+            shown += screen.read(1000)
+    rows = shown.decode().replace("\r\n", "\r").split("\r")
     assert [len(row) for row in rows] == [width, width, 0]
     assert rows[0].startswith("long long") and rows[1].rstrip() == "last"
 
@@ -1893,7 +1908,8 @@ DATA_POOL = torch.tensor([1, 2, 3, 7, 9, 21])
 
 
 @pytest.mark.parametrize("dataset, options", [
-    (data_set(), dict(pool=DATA_POOL, flip=True)), (data_set("latent"), {}), (TREE, dict(targets="exact"))])
+    (data_set(), dict(examples=DATA_POOL, flip=True)), (data_set("latent"), {}),
+    (TREE, dict(targets="exact"))])
 def test_batches_depend_on_seed_and_step_alone_and_begin_alike(dataset, options):
     large, small = data.Batches(dataset, 48, 5, **options), data.Batches(dataset, 16, 5, **options)
     half = [data.Batches(dataset, 48, 5, rows=slice(rank, None, 2), **options) for rank in (0, 1)]
@@ -1907,7 +1923,7 @@ def test_batches_depend_on_seed_and_step_alone_and_begin_alike(dataset, options)
 @pytest.mark.parametrize("kind, labelled, flip", [("image", 1, 1), ("image", 0, 1), ("latent", 1, 0)])
 def test_batch_is_what_the_index_says_and_flips_are_labelled(kind, labelled, flip):
     dataset = data_set(kind, labelled)
-    batches = data.Batches(dataset, 4096, 0, pool=DATA_POOL, flip=flip, P_mean=-2.3, P_std=1.5)
+    batches = data.Batches(dataset, 4096, 0, examples=DATA_POOL, flip=flip, P_mean=-2.3, P_std=1.5)
     batch = batches[0]
     mirrored = batch.labels >= max(dataset.classes, 1) if flip else torch.zeros(4096, dtype=torch.bool)
     plain = torch.where(mirrored[:, None, None, None], batch.x0.flip(3), batch.x0)
@@ -1919,7 +1935,7 @@ def test_batch_is_what_the_index_says_and_flips_are_labelled(kind, labelled, fli
     assert set(index.tolist()) == set(DATA_POOL.tolist()) and abs(mirrored.float().mean() - flip / 2) < 0.05
     assert not labelled or torch.equal(batch.labels, dataset.labels[index] + 4 * mirrored)
     torch.testing.assert_close(tuple(batches.of(index, 0)), tuple(batch))
-    assert torch.equal(data.decode(plain, vars(dataset)).to(dataset.x.dtype), dataset.x[index])
+    assert torch.equal(data.unscale(plain, vars(dataset)).to(dataset.x.dtype), dataset.x[index])
     for got, mean, std in ((batch.sigma.log(), -2.3, 1.5), (batch.noise, 0, 1)):
         assert abs(got.mean() - mean) < 0.1 and abs(got.std() - std) < 0.08
 
@@ -2393,15 +2409,15 @@ def test_group_dro_by_hand():
         alpha = alpha * np.exp(0.7 * np.array(e))
         alpha = 0.99 * alpha / alpha.sum() + 0.01 / 3
         total += alpha
-        np.testing.assert_allclose(dro.weights, alpha, rtol=1e-5)
-    np.testing.assert_allclose(dro.mean, total / 2, rtol=1e-5)
+        np.testing.assert_allclose(dro.alpha, alpha, rtol=1e-5)
+    np.testing.assert_allclose(dro.mean_alpha, total / 2, rtol=1e-5)
 
 
 def test_group_dro_takes_the_step_size_of_its_paper():
     dro = data.GroupDRO(2)
     dro.update(dro.totals(torch.tensor([0.5, 0.0]), torch.tensor([0, 1])))
     alpha = np.exp([0.5, 0.0]) / np.exp([0.5, 0.0]).sum()
-    np.testing.assert_allclose(dro.weights, 0.999 * alpha + 0.0005, rtol=1e-5)
+    np.testing.assert_allclose(dro.alpha, 0.999 * alpha + 0.0005, rtol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ def join(device):
 
 
 def barrier():
-    """Wait for the other processes; what process 0 wrote before is then there."""
+    """Wait for the other processes. They can then read what process 0 has written before."""
     if WORLD > 1:
         torch.distributed.barrier()
 
@@ -71,9 +71,16 @@ def average(tensors):
         torch._foreach_copy_(tensors, shaped)
 
 
+def process_stream(c, step, name, device="cpu"):
+    """The random stream of (seed, step, name) for this process; each process has its own."""
+    if RANK > 0:
+        name = f"{name}{RANK}"
+    return data.stream(c.seed, step, name, device)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Presets, chosen by the data. The tree follows the toy of 2406.02507; images and latents have the noise
-# levels of EDM and EDM2. "cpu" replaces the sizes of images and latents where there is no GPU.
+# levels of EDM and EDM2. "cpu" replaces these values for images and latents where there is no GPU.
 
 PRESETS = {
     "tree": dict(
@@ -93,7 +100,7 @@ PRESETS = {
         channels=24, blocks=1, batch=64, steps=1000, lr_decay=400, warmup=50, dropout=0.0, sampling_steps=16,
         eval_samples=256, log_every=20)}
 
-# Where no preset has a value. None: the value follows from others, in `settings`, or the feature is off.
+# Values for what no preset sets. None: the value follows from others, see `settings`, or the feature is off.
 DEFAULTS = dict(
     data=None, out=None, size=None, flip=None, holdout=0, imbalance=None,
     channels=None, blocks=3, batch=None, micro_batch=None, steps=None, lr=0.01, lr_decay=None, warmup=None,
@@ -111,7 +118,7 @@ MAY_CHANGE = MACHINE | {"steps", "log_every", "save_every", "eval_every", "eval_
                         "guidance", "metrics"}                          # in a run that goes on
 SELECTION = ("early_steps", "filter", "joint", "score", "gain", "invert", "debias", "chunks", "until_better",
              "after")                                                   # flags that need --selector
-RESUMABLE = "a checkpoint of this run (give another --out, or delete it)"       # what `reading` asks for
+RESUMABLE = "a checkpoint of this run (give another --out, or delete it)"       # in errors: "PATH: not ..."
 NEED_DATA = ("size", "flip", "holdout", "imbalance", "keep", "class_weights")       # flags that need --data
 
 USAGE = """[--data DATA] [flags]
@@ -120,16 +127,16 @@ USAGE = """[--data DATA] [flags]
   python train.py --data photos/ --size 64                      images, labelled by folder or not
   python train.py --data photos/ --size 64 --keep 0.1           the most typical tenth of each class only"""
 DESCRIPTION = (
-    "Train a diffusion model while choosing its data. The same command again resumes the run. Values in "
-    "brackets are defaults: of the tree, of images up to 32 pixels and of larger ones, of latents, and of "
-    "images and latents on a CPU.")
+    "Train a diffusion model while choosing its data. The same command again resumes the run. Defaults stand "
+    "in brackets. Where they depend on the data: tree, 32 (images of up to 32 pixels), 64 (larger images), "
+    "latent, and CPU (images and latents without a GPU).")
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The flags. Each default is None here: `settings` looks a value up, and help shows it from the same tables.
 
 def default_text(name):
-    """What help says of a flag's default: one value, or those of the presets; "" for none."""
+    """The default of a setting as help shows it: one value, or those of the presets; "" for none."""
     values = {}
     for kind, preset in PRESETS.items():
         if kind != "cpu":
@@ -137,7 +144,9 @@ def default_text(name):
     if name in PRESETS["cpu"]:
         values["CPU"] = PRESETS["cpu"][name]
     words = {kind: shown(value) for kind, value in values.items() if value is not None}
-    if len(set(words.values())) > 1 or 0 < len(words) < len(values):
+    presets_differ = len(set(words.values())) > 1
+    some_have_none = 0 < len(words) < len(values)
+    if presets_differ or some_have_none:
         return "; ".join(f"{kind} {word}" for kind, word in words.items())
     if DEFAULTS[name] is None or DEFAULTS[name] is False:
         return ""
@@ -161,19 +170,21 @@ def shown(value):
 def build_parser():
     """The parser of all flags, in groups by purpose."""
     parser = data.parser(DESCRIPTION, USAGE)
-    whole, count = data.number(int, "[0, inf)"), data.number(int, "[1, inf)")
-    amount, positive = data.number(float, "[0, inf)"), data.number(float, "(0, inf)")
+    whole = data.number(int, "[0, inf)")
+    count = data.number(int, "[1, inf)")
+    amount = data.number(float, "[0, inf)")
+    positive = data.number(float, "(0, inf)")
     on_off = argparse.BooleanOptionalAction
 
     def group(title):
-        """A function that adds a flag to a new group, and its default to its help."""
+        """A function that adds a flag to a new group, with its default in its help."""
         arguments = parser.add_argument_group(title)
 
-        def add(flag, help, **options):
-            values = default_text(flag.lstrip("-").replace("-", "_"))
+        def add(text, help, **options):
+            values = default_text(text.lstrip("-").replace("-", "_"))
             if values:
                 help = f"{help} [{values}]"
-            arguments.add_argument(flag, help=help, default=None, **options)
+            arguments.add_argument(text, help=help, default=None, **options)
         return add
 
     add = group("data")
@@ -235,9 +246,9 @@ def build_parser():
 
     add = group("coreset and class weights (2409.19128)")
     add("--keep", "fraction of each class to train on", type=data.number(float, "(0, 1]"))
-    add("--prune", "what is kept: gaussian = the most typical of the class by a Gaussian of its features;\n"
-        "knn = what has near neighbours;\n"
-        "moderate = what lies at the median distance from the centre of the class; random",
+    add("--prune", "which examples of a class are kept: gaussian = the most likely under a Gaussian of its "
+        "features;\nknn = those with the nearest neighbours;\n"
+        "moderate = those nearest the median distance from the centre of the class; random",
         choices=data.PRUNING)
     add("--prune-features", "features that pruning sees: pixels, inception, or own:CKPT, a classifier made "
         "by fid.py --fit CKPT")
@@ -278,15 +289,16 @@ def typed_flags(argv=None):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The settings of a run. Each is looked up once: defaults, preset, what the checkpoint says, what was typed.
+# The settings of a run. Each is looked up once, in defaults, preset, checkpoint and typed flags; the last one
+# that has it wins.
 
 def settings(typed):
-    """-> (c, a namespace of plain values; the data set). Says what was read before anything is refused."""
+    """-> (c, a namespace of plain values; the data set). Says what was loaded before it refuses anything."""
     device = typed.get("device", DEFAULTS["device"])
     dataset = load_dataset(typed, device)
     folder = run_folder(typed)
     if RANK == 0:
-        print("\n".join(dataset.report), file=sys.stderr)
+        data.say("\n".join(dataset.report))
 
     kind = preset_of(dataset)
     preset = PRESETS[kind]
@@ -295,14 +307,15 @@ def settings(typed):
     saved = saved_run(folder)
     c = argparse.Namespace(**(DEFAULTS | preset | saved["settings"] | typed))
 
+    # Evaluations take the preset's noise levels, so that runs with another --P-mean compare.
+    c.eval_levels = dict(P_mean=PRESETS[kind]["P_mean"], P_std=PRESETS[kind]["P_std"])
     c.out = str(folder)
-    c.eval_levels = dict(P_mean=PRESETS[kind]["P_mean"], P_std=PRESETS[kind]["P_std"])      # of evaluations
     add_facts_of_data(c, dataset)
-    add_what_follows(c, typed, saved["settings"])
+    add_derived_settings(c, typed, saved["settings"])
     refuse(c, typed, dataset)
     c.file_hashes = hashes_of_files(c)
     refuse_other_run(c, saved, folder)
-    c.bf16, c.compile = model.able(c.device, c.bf16, c.compile)
+    c.bf16, c.compile = model.supported(c.device, c.bf16, c.compile)
     return c, dataset
 
 
@@ -343,15 +356,15 @@ def saved_run(folder):
 
 
 def add_facts_of_data(c, dataset):
-    """Add what the data set says of itself to the settings."""
+    """Add the facts about the data set to the settings."""
     c.kind = dataset.kind
     c.shape = list(dataset.shape)
     c.classes = dataset.classes
     c.class_names = list(dataset.class_names)
     c.mean = list(getattr(dataset, "mean", ()))
     c.std = list(getattr(dataset, "std", ()))
-    c.net_classes = c.classes                                   # labels of the network
-    if c.flip:
+    c.net_classes = c.classes                                   # labels that the network knows
+    if c.flip:                                                  # mirrored images are classes of their own
         c.net_classes = 2 * max(c.classes, 1)
     c.class_shares = [1.0]
     if c.classes:
@@ -361,7 +374,7 @@ def add_facts_of_data(c, dataset):
     c.data_summary = ", ".join(dataset.report[:2])
 
 
-def add_what_follows(c, typed, saved):
+def add_derived_settings(c, typed, saved):
     """Add the settings that follow from others, unless they were typed or saved."""
     cuda = c.device.startswith("cuda")
     if c.bf16 is None:
@@ -401,16 +414,16 @@ def make_paths_absolute(c):
 
 
 def file_named_by(c, name):
-    """The path of the file that a flag names, or None."""
+    """The path of the file that a setting names, or None where it names no file."""
     value = getattr(c, name)
-    if name == "guide" and value in ("train", "snapshot", "none"):
-        return None
-    if name == "class_weights" and value in ("dro", "inverse"):
-        return None
+    if name == "class_weights":
+        return None if value in ("dro", "inverse") else value
     if name == "prune_features":
         return value.removeprefix("own:") if value.startswith("own:") else None
-    if value is None or name == "class_weights":
-        return value
+    if name == "guide" and value in ("train", "snapshot", "none"):
+        return None
+    if value is None:
+        return None
     return model.checkpoint_of(value)
 
 
@@ -420,10 +433,15 @@ def needs_guide_to_train(c):
     return ajest or c.class_weights == "dro" or c.guided_targets != 1
 
 
+def needs_guide(c):
+    """Whether the guide takes part in training or in sampling."""
+    return needs_guide_to_train(c) or c.guidance != 1
+
+
 def hashes_of_files(c):
     """{flag: SHA-256} of the files that the run needs; files may have moved when it goes on."""
     names = ["reference", "class_weights"]
-    if needs_guide_to_train(c) or c.guidance != 1:
+    if needs_guide(c):
         names.append("guide")
     if c.keep is not None and c.prune != "random":
         names.append("prune_features")
@@ -437,8 +455,8 @@ def hashes_of_files(c):
 
 
 def refuse_other_run(c, checkpoint, folder):
-    """DataError where the checkpoint in this folder (of `saved_run`) has other settings or other data, or has
-    done more steps."""
+    """DataError where the checkpoint in this folder has other settings or other data, or has done more steps.
+    Of the checkpoint only its settings and progress are read, as `saved_run` returns them."""
     saved = checkpoint["settings"]
     if not saved:
         return
@@ -465,7 +483,7 @@ def refuse(c, typed, dataset):
     tree = c.kind == "tree"
     if tree:
         for name in NEED_DATA:
-            if typed.get(name):
+            if typed.get(name):                                 # --no-flip and --holdout 0 are no demands
                 raise data.DataError(f"{flag(name)} needs --data")
     if c.selector == "uniform":
         for name in SELECTION:
@@ -497,7 +515,7 @@ def refuse(c, typed, dataset):
 
 
 def refuse_guides(c, typed):
-    """DataError for a guide that is needed and not given, or given and not usable."""
+    """DataError for a guide that is needed but not given, or given but not usable."""
     if c.selector == "ajest" or c.class_weights == "dro":
         if c.guide in ("none", "snapshot"):
             raise data.DataError("--selector ajest and --class-weights dro need a --guide from the start: "
@@ -508,12 +526,12 @@ def refuse_guides(c, typed):
         if typed.get("guidance", 1) != 1:
             raise data.DataError("--guidance needs a --guide")
     if c.guide == "snapshot" and c.guide_steps > c.steps:
-        raise data.DataError(f"--guide-steps {c.guide_steps}: the snapshot is to be taken within the "
+        raise data.DataError(f"--guide-steps {c.guide_steps}: the snapshot must be taken within the "
                              f"{c.steps} --steps")
 
 
 def refuse_data(c, typed, dataset):
-    """DataError for data that the settings do not fit."""
+    """DataError for settings that do not fit the data."""
     if c.kind == "tree":
         return
     side = c.shape[-1]
@@ -538,13 +556,13 @@ def refuse_data(c, typed, dataset):
 # Seconds of training. Reading the stopwatch waits for the device, so it is read at log lines only.
 
 class Stopwatch:
-    """Seconds since it was made, less what is not training."""
+    """Seconds of training since it was made."""
 
     def __init__(self, device, seconds=0.0, compiled=False):
         self.device = device
         self.compiled = compiled
         self.graphs = set()                                     # graphs that have run, and are compiled
-        self.before_step = None                                 # seconds before a step that is not timed
+        self.before_step = None                                 # the reading before a step that compiles
         self.set(seconds)
 
     def set(self, seconds):
@@ -552,7 +570,7 @@ class Stopwatch:
         self.start = time.monotonic() - seconds
 
     def read(self):
-        """The seconds, once the device has done what it was given."""
+        """The seconds, after the device has finished its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.monotonic() - self.start
@@ -566,7 +584,7 @@ class Stopwatch:
         self.set(seconds)
 
     def begin_step(self, graph):
-        """A step that is the first to run its graph compiles it, and is not timed."""
+        """The first step that runs a graph compiles it, and is not timed."""
         if self.compiled and graph not in self.graphs:
             self.graphs.add(graph)
             self.before_step = self.read()
@@ -580,12 +598,26 @@ class Stopwatch:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Checkpoints: state_dicts and plain values, written by process 0. The log is in the checkpoint, and is
-# written once more as log.jsonl for people. The settings are in it, so that it knows which run it belongs to.
+# Checkpoints: state_dicts and plain values, written by process 0. They hold the log, which log.jsonl repeats
+# for people, and the settings, so that a checkpoint knows which run it belongs to.
+
+def new_progress(cost):
+    """What a run has done so far: plain values for its checkpoint and its log."""
+    seconds, examples = cost
+    return dict(
+        step=0,
+        seconds=0.0,                # of training
+        examples_trained=0,
+        examples_drawn=0,           # trained on, or only scored
+        selecting=True,             # False after --until-better has ended the selection
+        snapshot=False,             # True after the snapshot has been taken
+        other_seconds=seconds,      # spent on what this run needed: pruning, guide, proxy
+        other_examples=examples)
+
 
 def model_config(c, guide_path=None):
-    """The plain values with which a checkpoint's denoiser is rebuilt and is sampled as the run is evaluated.
-    The guide's path is relative to the run folder."""
+    """The plain values that rebuild a checkpoint's denoiser and sample it as the run is evaluated. The
+    guide's path is relative to the run folder."""
     config = dict(
         kind=c.kind, shape=c.shape, channels=c.channels, blocks=c.blocks, classes=c.net_classes,
         class_names=c.class_names, class_shares=c.class_shares, dropout=c.dropout, sigma_data=0.5,
@@ -621,8 +653,8 @@ def save(path, c, state, progress, log, guide_path=None):
 
 
 def restore(path, c, state):
-    """Fill `state` from the checkpoint at `path`; -> (progress, log, model configuration). DataError where it
-    is a checkpoint of another run, or none."""
+    """Fill `state` from the checkpoint at `path`; -> (progress, log, model configuration). DataError if it is
+    of another run, or no checkpoint."""
     with data.reading(path, RESUMABLE):
         checkpoint = model.load_checkpoint(path, c.device)
         refuse_other_run(c, checkpoint, path.parent)
@@ -632,13 +664,13 @@ def restore(path, c, state):
 
 
 def load_matching(path, c):
-    """-> the trained denoiser at `path`, for the same data as this run's; DataError where it is not."""
+    """The trained denoiser at `path`; DataError unless it is for the same data as this run."""
     with data.reading(path, "a denoiser for this data"):
         return model.load_denoiser(path, None, c.device, like=model_config(c))
 
 
 def cost_of(path):
-    """-> (seconds, examples) of training the checkpoint at `path`, with those of what it needed itself."""
+    """-> (seconds, examples) of training the checkpoint at `path` and everything that it needed in turn."""
     with data.reading(path, "a checkpoint of this program"):
         progress = model.load_checkpoint(path)["progress"]
         seconds = progress["seconds"] + progress["other_seconds"]
@@ -657,9 +689,9 @@ def add_costs(costs):
 # the network itself is the autoguided denoiser.
 
 def make_objective(c, denoiser, guide=None):
-    """-> objective(x0, noise, sigma, labels, target, weight [b]) -> (weighted mean, losses [b])."""
+    """The function to train on; with a guide its targets are guided."""
     def objective(x0, noise, sigma, labels, target, weight):
-        """Of the tensors of a data.Batch [b, ...] and weights [b]."""
+        """-> (weighted mean, losses [b]) of the tensors of a data.Batch and weights [b]."""
         losses, D_x = denoiser.loss(x0, noise, sigma, labels, target)
         D = D_x.detach()                                        # no gradient through a target
         network_loss = losses
@@ -682,26 +714,26 @@ def backward(objective, batch, weight, micro_batch=None):
     """Add the gradients of the weighted mean loss of a data.Batch, in micro-batches; -> losses [b]."""
     losses = []
     for rows in data.micro_batches(len(batch.x0), micro_batch):
-        total, micro_losses = objective(*batch.rows(rows), weight[rows])
+        mean, micro_losses = objective(*batch.rows(rows), weight[rows])
         share = len(micro_losses) / len(batch.x0)
-        (total * share).backward()
+        (mean * share).backward()
         losses.append(micro_losses)
     return torch.cat(losses)
 
 
 def seed_dropout(c, step):
-    """Make dropout, too, a function of (seed, step); each process has its own."""
+    """Make dropout a function of (seed, step), too."""
     if c.dropout > 0:
-        torch.manual_seed(data.stream(c.seed, step, f"dropout{RANK or ''}").initial_seed())
+        torch.manual_seed(process_stream(c, step, "dropout").initial_seed())
 
 
 def make_losses(c, network):
-    """-> losses(data.Batch) -> the network's losses [n], without gradient and dropout."""
+    """A function of a data.Batch that returns the network's losses, without gradient or dropout."""
     loss = model.accelerate(lambda *tensors: network.loss(*tensors)[0], c.device, c.bf16, c.compile)
 
     @torch.no_grad()
     def losses(batch):
-        """In micro-batches."""
+        """The losses [n], computed in micro-batches."""
         training = network.training
         network.eval()
         micro_losses = []
@@ -712,13 +744,18 @@ def make_losses(c, network):
     return losses
 
 
+def frozen_copy(denoiser):
+    """A copy in evaluation mode that takes no gradients."""
+    return copy.deepcopy(denoiser).eval().requires_grad_(False)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The selectors: uniform batches of b, and JEST on super-batches of B. AJEST's reference is the guide.
 
 def make_selectors(c, dataset, denoiser, ema, examples, guide):
-    """-> (select.Uniform for steps that do not select, select.Jest for those that do; None without one)."""
+    """-> (select.Uniform for steps that do not select; select.Jest for steps that do, None if none does)."""
     make_batches = functools.partial(
-        data.Batches, dataset, seed=c.seed, device=c.device, pool=examples, flip=c.flip, P_mean=c.P_mean,
+        data.Batches, dataset, seed=c.seed, device=c.device, examples=examples, flip=c.flip, P_mean=c.P_mean,
         P_std=c.P_std, targets=c.targets, rows=slice(RANK, None, WORLD))
     batches = make_batches(n=c.batch)
     if c.selector == "uniform":
@@ -733,13 +770,13 @@ def make_selectors(c, dataset, denoiser, ema, examples, guide):
         uncertainty = torch.no_grad()(denoiser.u)
 
     def make_generator(step):
-        """A process draws from its own super-batch, so it has a stream of its own."""
-        return data.stream(c.seed, step, f"select{RANK or ''}", c.device)
+        """Each process chooses from its own super-batch, so it has a stream of its own."""
+        return process_stream(c, step, "select", c.device)
 
     jest = select.Jest(
         super_batches, make_losses(c, denoiser), reference_loss, c.batch // WORLD, make_generator,
         chunks=c.chunks, joint=c.joint, debias=c.debias, uncertainty=uncertainty,
-        kind=c.score, invert=c.invert, gain=c.gain)
+        score=c.score, invert=c.invert, gain=c.gain)
     after = super_batches if c.after == "full" else batches
     return select.Uniform(after), jest
 
@@ -750,42 +787,36 @@ def reference_of(c, denoiser, ema, guide):
         return guide
     if c.reference:
         return load_matching(c.reference, c)
-    reference = copy.deepcopy(denoiser).eval().requires_grad_(False)
+    reference = frozen_copy(denoiser)
     for parameter, mean in zip(reference.parameters(), ema.averages[c.ema[0]]):
         parameter.data = mean                                   # shared: it moves with the average
     return reference
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The guide: one network for AJEST's reference, guided targets and guided samples. A snapshot is a copy of the
-# learner, which takes over the learner's average at its step.
+# The guide: one network serves as AJEST's reference, in guided targets and in guided samples. A snapshot is a
+# copy of the learner, into which the learner's average is copied at the snapshot's step.
 
 def guide_is_ready(c, progress):
-    """Whether there is a guide at this point of the run: a snapshot has to be taken first."""
+    """Whether there is a guide at this point of the run: before its step, the snapshot is none."""
     return c.guide != "none" and (c.guide != "snapshot" or progress["snapshot"])
 
 
 def load_guide(c, folder, guide_path, denoiser, progress):
-    """-> (the guide, None where the run needs none; the path of its checkpoint, None before a snapshot)."""
-    needed = needs_guide_to_train(c) or c.guidance != 1
+    """-> (the guide, None where the run needs none; the path of its checkpoint, None before the snapshot)."""
+    if c.guide == "snapshot" and not progress["snapshot"]:
+        return frozen_copy(denoiser), None                      # the average is copied into it later
     if c.guide == "snapshot":
-        guide = copy.deepcopy(denoiser).eval().requires_grad_(False)
-        if not progress["snapshot"]:
-            return guide, None
         guide_path = folder / "guide.pt"
-    if c.guide == "none" or not needed:
+    if c.guide == "none" or not needs_guide(c):
         return None, guide_path
     try:
-        trained = load_matching(guide_path, c)
+        return load_matching(guide_path, c), guide_path
     except data.DataError as error:
         way_out = "another --out starts anew"
         if not needs_guide_to_train(c):
             way_out = "--guidance 1 goes on without a guide"
         raise data.DataError(f"{error} ({way_out})") from None
-    if c.guide == "snapshot":
-        guide.load_state_dict(trained.state_dict())
-        return guide, guide_path
-    return trained, guide_path
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -807,7 +838,7 @@ class Learner:
         self.denoiser = denoiser.to(memory_format=torch.channels_last)
         self.parameters = list(denoiser.parameters())
 
-        # EDM2 projects its weights to unit norm after each step. Compiled, this is few launches on a GPU.
+        # EDM2 projects its weights to unit norm after each step. Compiled, this takes few launches on a GPU.
         self.project = model.project
         self.make_finite = model.make_finite
         self.projected_weights = model.projected_weights(denoiser)
@@ -829,13 +860,12 @@ class Learner:
     def averaged(self):
         """The network with its averaged weights; the same object each time, which is compiled once."""
         if self.average_network is None:
-            self.average_network = copy.deepcopy(self.denoiser).eval().requires_grad_(False)
+            self.average_network = frozen_copy(self.denoiser)
         self.ema.copy_to(self.average_network, self.c.ema[0])
         return self.average_network
 
     def update(self, step):
-        """One step of the optimizer with the gradients that the parameters have; what is not finite in them
-        becomes 0."""
+        """Take one optimizer step with the accumulated gradients. Entries that are not finite become 0."""
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         average(gradients)
         self.make_finite(gradients)
@@ -847,7 +877,7 @@ class Learner:
 
 
 class ClassWeightSearch:
-    """Group DRO over the classes: the learner is the proxy, whose losses are compared with a reference's."""
+    """Group DRO over the classes. The learner is the proxy: its losses are compared with a reference's."""
 
     def __init__(self, c, dataset, examples, reference_path):
         self.c = c
@@ -857,20 +887,20 @@ class ClassWeightSearch:
         self.reference_loss = make_losses(c, load_matching(reference_path, c))
 
     def weights(self):
-        """The weights [classes] of this step's loss, of mean 1 over the examples. alpha is a class's share of
-        the loss, which its examples divide among them."""
-        return data.class_weights_of_mean_one(self.dro.weights / self.counts, self.counts)
+        """The weights [classes] of this step's loss, with mean 1 over the examples. A class's alpha is its
+        share of the loss, so it is divided by the number of its examples."""
+        return data.class_weights_of_mean_one(self.dro.alpha / self.counts, self.counts)
 
     def update(self, losses, batch):
         """Learn from the proxy's losses [b] on this batch."""
         excess = losses - self.reference_loss(batch)
         totals = self.dro.totals(excess, batch.labels % self.c.classes)
         average([totals])
-        self.dro.update(WORLD * totals)
+        self.dro.update(WORLD * totals)                         # the sum over the processes
 
     def write(self, folder):
-        """Write class_weights.json: the mean of the weights over the steps, and what finding them cost."""
-        weights = data.class_weights_of_mean_one(self.dro.mean / self.counts, self.counts)
+        """Write class_weights.json: the weights of the mean alpha, and what finding them cost."""
+        weights = data.class_weights_of_mean_one(self.dro.mean_alpha / self.counts, self.counts)
         costs = [cost_of(folder / "checkpoint.pt"), cost_of(self.reference_path)]
         seconds, examples = add_costs(costs)
         path = folder / "class_weights.json"
@@ -881,12 +911,12 @@ class ClassWeightSearch:
 # Log lines.
 
 def is_multiple(step, every):
-    """Whether this step ends a stretch of `every` steps (None: there are no stretches)."""
+    """Whether this step is a multiple of `every`; never for None or step 0."""
     return every is not None and step > 0 and step % every == 0
 
 
 def is_log_step(c, step):
-    """Whether a log line follows this step; an evaluation has one before it."""
+    """Whether a log line is written after this step. Every evaluation has one before it."""
     return step == c.steps or is_multiple(step, c.log_every) or is_multiple(step, c.eval_every)
 
 
@@ -896,15 +926,15 @@ def is_eval_step(c, step):
 
 
 class LossMonitor:
-    """The mean loss since the last log line; ends a run whose loss is not finite at two lines in a row."""
+    """The mean loss since the last log line. Ends the run if it is not finite at two lines in a row."""
 
     def __init__(self, folder):
         self.folder = folder
         self.losses = []
-        self.bad_lines = 0                                      # in a row, up to the last line
+        self.bad_lines = 0                                      # the latest lines whose loss was not finite
 
     def add(self, losses):
-        """The losses [b] of a step; nothing here waits for the device."""
+        """Take in the losses [b] of a step, without waiting for the device."""
         self.losses.append(losses.mean())
 
     def mean(self, step, last):
@@ -924,14 +954,14 @@ class LossMonitor:
 
 
 def learner_is_behind(jest):
-    """Whether the mean loss of the last super-batch is larger than the reference's: one number is read."""
+    """Whether the learner's mean loss on the last super-batch exceeds the reference's."""
     excess = jest.mean_excess.clone()
     average([excess])
     return excess.item() > 0
 
 
 def show_progress(name, c, progress, loss):
-    """The progress line; the time left is estimated from the steps so far."""
+    """Show the progress line, with the time left as estimated from the steps so far."""
     if RANK > 0:
         return
     step = progress["step"]
@@ -954,9 +984,9 @@ def train(
     examples=None,          # sorted indices to train on; None = all
     guide_path=None,        # the guide's checkpoint; None = there is none, or it is the snapshot
     class_weights=None,     # of the loss [classes]; None = 1
-    dro_reference=None,     # checkpoint: find the class weights by group DRO against it
+    dro_reference=None,     # checkpoint: find class weights by group DRO against it
     evaluation=None,        # fid.Evaluation: called every eval_every steps and at the end
-    cost=(0.0, 0),          # seconds and examples that were spent on what this training needs
+    cost=(0.0, 0),          # seconds and examples spent on what this run needs
 ):
     """Train until c.steps are done; writes checkpoint.pt and log.jsonl to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -969,9 +999,8 @@ def train(
         search = ClassWeightSearch(c, dataset, examples, dro_reference)
         state["dro"] = search.dro
 
-    # Go on where the folder holds a checkpoint.
-    progress = dict(step=0, seconds=0.0, examples_trained=0, examples_drawn=0, selecting=True, snapshot=False,
-                    other_seconds=cost[0], other_examples=cost[1])
+    # Resume where the folder holds a checkpoint.
+    progress = new_progress(cost)
     log = []
     saved_config = None
     if path.exists():
@@ -982,8 +1011,7 @@ def train(
 
     # Objectives, selectors, clock.
     objective = make_objective(c, denoiser)
-    if c.guided_targets != 1:
-        guided_objective = make_objective(c, denoiser, guide)
+    guided_objective = make_objective(c, denoiser, guide)       # used once there is a guide, with W > 1
     uniform, jest = make_selectors(c, dataset, denoiser, ema, examples, guide)
     monitor = LossMonitor(folder)
     clock = Stopwatch(torch.device(c.device), progress["seconds"], c.compile)
@@ -991,8 +1019,7 @@ def train(
 
     for step in range(progress["step"], c.steps + 1):
 
-        # Evaluate what the steps so far have made, unless the log has it: an interrupted evaluation, or one
-        # with other metrics, is done by the same command again.
+        # Evaluate what the steps so far have made, unless the log has it (from a start that was interrupted).
         has_guide = guide_is_ready(c, progress)
         if evaluation is not None and is_eval_step(c, step) and monitor.bad_lines == 0:
             guidance = c.guidance if has_guide else 1.0
@@ -1012,7 +1039,7 @@ def train(
         selector = jest if selecting else uniform
         batch, weight = selector(step)
 
-        # Class weights, given or found so far by group DRO.
+        # Class weights, fixed or found so far by group DRO.
         if search is not None:
             class_weights = search.weights()
         if class_weights is not None:
@@ -1030,7 +1057,7 @@ def train(
         progress["examples_drawn"] += selector.drawn
         clock.end_step()
 
-        # The snapshot: the guide takes over the learner's average.
+        # The snapshot: copy the learner's average into the guide.
         if c.guide == "snapshot" and step + 1 == c.guide_steps:
             progress["snapshot"] = True
             progress["seconds"] = clock.read()
@@ -1039,7 +1066,7 @@ def train(
                 guide_path = folder / "guide.pt"
                 save(guide_path, c, dict(model=denoiser, ema=ema), progress, log)
 
-        # Log and save. Selection ends at a log line that finds the learner ahead of the reference.
+        # Log and save. With --until-better a regular log line ends selection if the learner is ahead.
         if is_log_step(c, step + 1):
             last = step + 1 == c.steps
             if selecting and c.until_better and (last or is_multiple(step + 1, c.log_every)):
@@ -1060,28 +1087,29 @@ def train(
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The stages of a run: coreset, guide, class weights, the model. The guide and the proxy of group DRO are
-# trained by `train`, each in a sub-folder: it resumes, is skipped when done, and its checkpoint says what it
-# cost.
+# The stages of a run: coreset, guide, class weights, the model. `train` also trains the guide and the proxy
+# of group DRO, each in a sub-folder. Such a stage resumes, is skipped when done, and its checkpoint says what
+# it cost. It has its own seed: the proxy is not compared on the draws that its reference was fitted to.
 
-SEED_OF_STAGE = {"guide": 1_000_003, "proxy": 2_000_003}        # the proxy is compared on other draws than
-                                                                # those that its reference was fitted to
+SEED_OF_STAGE = {"guide": 1_000_003, "proxy": 2_000_003}        # added to --seed
 
 
 def stage_settings(c, name, **changes):
     """The settings of a stage: a model of the guide's size on uniform batches, without guide and dropout."""
-    values = vars(c) | {flag: DEFAULTS[flag] for flag in SELECTION}
+    values = vars(c) | {setting: DEFAULTS[setting] for setting in SELECTION}
     values |= dict(
         seed=c.seed + SEED_OF_STAGE[name], channels=c.guide_channels, batch=c.guide_batch,
         steps=c.guide_steps, dropout=0.0, selector="uniform", reference=None, guide="none",
         guided_targets=1.0, guidance=1.0, class_weights=None, eta=DEFAULTS["eta"])
-    values["file_hashes"] = {flag: c.file_hashes[flag] for flag in c.file_hashes if flag == "prune_features"}
+    values["file_hashes"] = {}
+    if "prune_features" in c.file_hashes:
+        values["file_hashes"] = dict(prune_features=c.file_hashes["prune_features"])
     return argparse.Namespace(**(values | changes))
 
 
 def choose_examples(c, dataset, folder):
-    """-> (the pool of examples that exist, those of it to train on, those held out, sorted indices or None;
-    the seconds that pruning took). --keep draws coreset.png."""
+    """-> (pool, examples to train on, held-out examples, seconds that pruning took). The first three are
+    sorted indices, or None. Pruning chooses the examples inside the pool and draws coreset.png."""
     if c.kind == "tree":
         return None, None, None, 0.0
     pool, held_out = data.split_pool(dataset, c.holdout, c.imbalance, c.seed)
@@ -1103,9 +1131,8 @@ def choose_examples(c, dataset, folder):
 
 
 def features_to_prune(c, dataset, pool):
-    """-> (features [n, d] of the examples at `pool`, the seconds that they took). Cached features keep their
-    seconds. `random` needs no features."""
-    if c.prune == "random":
+    """-> (features [n, d] of the examples at `pool`, seconds). Cached features keep the seconds they took."""
+    if c.prune == "random":                                     # needs no features
         return torch.empty(len(pool), 0), 0.0
     if c.prune_features == "pixels":
         start = time.monotonic()
@@ -1118,8 +1145,8 @@ def features_to_prune(c, dataset, pool):
 
 @contextlib.contextmanager
 def locked(folder):
-    """Hold the run folder while the block runs; DataError where another process trains in it. The lock ends
-    with the process, also when that is killed. Without fcntl (Windows) nothing is locked."""
+    """Lock the run folder while the block runs; DataError where another process trains in it. The lock ends
+    with the process, even if that is killed. Without fcntl (Windows) nothing is locked."""
     folder.mkdir(parents=True, exist_ok=True)
     if fcntl is None or RANK > 0:
         yield
@@ -1140,7 +1167,7 @@ def open_given_files(c):
     if c.reference:
         load_matching(file_named_by(c, "reference"), c)
     guide_path = file_named_by(c, "guide")
-    if guide_path is not None and (needs_guide_to_train(c) or c.guidance != 1):
+    if guide_path is not None and needs_guide(c):
         load_matching(guide_path, c)
     weights_path = file_named_by(c, "class_weights")
     if weights_path is not None:
@@ -1178,6 +1205,14 @@ def find_class_weights(c, dataset, folder, examples, reference_path):
     return data.class_weights_of_mean_one(weights, counts).to(c.device), cost
 
 
+def write_config(c, folder):
+    """Write the settings for people: all to config.json, some to stderr."""
+    with data.writing(folder / "config.json") as file:
+        file.write(json.dumps(vars(c), indent=1).encode())
+    data.say(f"{folder}: {c.channels} channels, {c.steps:,} steps of {c.batch}, {c.selector} batches, "
+             f"guide {c.guide}, {c.eval_samples:,} samples scored")
+
+
 def run_stages(c, dataset, folder):
     """Coreset, guide, class weights, and the model with its evaluation."""
     pool, examples, held_out, prune_seconds = choose_examples(c, dataset, folder)
@@ -1188,10 +1223,7 @@ def run_stages(c, dataset, folder):
         barrier()                                               # the others read the caches that it filled
     open_given_files(c)
     if RANK == 0:
-        with data.writing(folder / "config.json") as file:      # for people
-            file.write(json.dumps(vars(c), indent=1).encode())
-        print(f"{folder}: {c.channels} channels, {c.steps:,} steps of {c.batch}, {c.selector} batches, "
-              f"guide {c.guide}, {c.eval_samples:,} samples scored", file=sys.stderr)
+        write_config(c, folder)
 
     # What else is trained for the model.
     guide_path = file_named_by(c, "guide")
@@ -1216,7 +1248,7 @@ def run_stages(c, dataset, folder):
           evaluation=evaluation, cost=add_costs(costs))
     if RANK == 0:
         names = sorted(path.name for path in folder.iterdir())
-        print(f"wrote {folder}/: {', '.join(names)}")
+        data.say(f"wrote {folder}/: {', '.join(names)}", file=sys.stdout)
 
 
 def main(argv=None):
@@ -1224,7 +1256,7 @@ def main(argv=None):
     typed = typed_flags(argv)
     join(typed.get("device", DEFAULTS["device"]))
     if RANK > 0:
-        barrier()                                               # process 0 fills the caches
+        barrier()                                               # until process 0 has filled the caches
     c, dataset = settings(typed)
     if c.kind == "tree" and c.device == "cpu":
         torch.set_num_threads(1)                                # its matrices are too small for two

@@ -135,6 +135,15 @@ DESCRIPTION = (
 # ------------------------------------------------------------------------------------------------------------
 # The flags. Each default is None here: `settings` looks a value up, and help shows it from the same tables.
 
+def shown(value):
+    """A setting as it would be typed."""
+    if isinstance(value, list):
+        return " ".join(str(item) for item in value)
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return str(value)
+
+
 def default_text(name):
     """The default of a setting as help shows it: one value, or those of the presets; "" for none."""
     values = {}
@@ -156,15 +165,6 @@ def default_text(name):
 def flag(name):
     """The flag of a setting."""
     return "--" + name.replace("_", "-")
-
-
-def shown(value):
-    """A setting as it would be typed."""
-    if isinstance(value, list):
-        return " ".join(str(item) for item in value)
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    return str(value)
 
 
 def build_parser():
@@ -292,33 +292,6 @@ def typed_flags(argv=None):
 # The settings of a run. Each is looked up once, in defaults, preset, checkpoint and typed flags; the last one
 # that has it wins.
 
-def settings(typed):
-    """-> (c, a namespace of plain values; the data set). Says what was loaded before it refuses anything."""
-    device = typed.get("device", DEFAULTS["device"])
-    dataset = load_dataset(typed, device)
-    folder = run_folder(typed)
-    if RANK == 0:
-        data.say("\n".join(dataset.report))
-
-    kind = preset_of(dataset)
-    preset = PRESETS[kind]
-    if kind != "tree" and not device.startswith("cuda"):
-        preset = preset | PRESETS["cpu"]
-    saved = saved_run(folder)
-    c = argparse.Namespace(**(DEFAULTS | preset | saved["settings"] | typed))
-
-    # Evaluations take the preset's noise levels, so that runs with another --P-mean compare.
-    c.eval_levels = dict(P_mean=PRESETS[kind]["P_mean"], P_std=PRESETS[kind]["P_std"])
-    c.out = str(folder)
-    add_facts_of_data(c, dataset)
-    add_derived_settings(c, typed, saved["settings"])
-    refuse(c, typed, dataset)
-    c.file_hashes = hashes_of_files(c)
-    refuse_other_run(c, saved, folder)
-    c.bf16, c.compile = model.supported(c.device, c.bf16, c.compile)
-    return c, dataset
-
-
 def load_dataset(typed, device):
     """The data set that the flags name, on the device."""
     if "data" in typed:
@@ -374,6 +347,32 @@ def add_facts_of_data(c, dataset):
     c.data_summary = ", ".join(dataset.report[:2])
 
 
+def file_named_by(c, name):
+    """The path of the file that a setting names, or None where it names no file."""
+    value = getattr(c, name)
+    if name == "class_weights":
+        return None if value in ("dro", "inverse") else value
+    if name == "prune_features":
+        return value.removeprefix("own:") if value.startswith("own:") else None
+    if name == "guide" and value in ("train", "snapshot", "none"):
+        return None
+    if value is None:
+        return None
+    return model.checkpoint_of(value)
+
+
+def make_paths_absolute(c):
+    """Paths are saved with the run, and a later start may have another working directory."""
+    for name in ("guide", "reference", "class_weights"):
+        if file_named_by(c, name) is not None:
+            setattr(c, name, os.path.abspath(getattr(c, name)))
+    for name in ("metrics", "prune_features"):
+        value = getattr(c, name)
+        if value.startswith("own:"):
+            path = os.path.expanduser(value.removeprefix("own:"))
+            setattr(c, name, "own:" + os.path.abspath(path))
+
+
 def add_derived_settings(c, typed, saved):
     """Add the settings that follow from others, unless they were typed or saved."""
     cuda = c.device.startswith("cuda")
@@ -399,32 +398,6 @@ def add_derived_settings(c, typed, saved):
     c.super_batch = round(c.batch / (1 - c.filter))             # B = b / (1 - filter ratio)
     c.selects_by_reference = c.until_better or c.score in ("learnability", "easy")
     make_paths_absolute(c)
-
-
-def make_paths_absolute(c):
-    """Paths are saved with the run, and a later start may have another working directory."""
-    for name in ("guide", "reference", "class_weights"):
-        if file_named_by(c, name) is not None:
-            setattr(c, name, os.path.abspath(getattr(c, name)))
-    for name in ("metrics", "prune_features"):
-        value = getattr(c, name)
-        if value.startswith("own:"):
-            path = os.path.expanduser(value.removeprefix("own:"))
-            setattr(c, name, "own:" + os.path.abspath(path))
-
-
-def file_named_by(c, name):
-    """The path of the file that a setting names, or None where it names no file."""
-    value = getattr(c, name)
-    if name == "class_weights":
-        return None if value in ("dro", "inverse") else value
-    if name == "prune_features":
-        return value.removeprefix("own:") if value.startswith("own:") else None
-    if name == "guide" and value in ("train", "snapshot", "none"):
-        return None
-    if value is None:
-        return None
-    return model.checkpoint_of(value)
 
 
 def needs_guide_to_train(c):
@@ -478,42 +451,6 @@ def refuse_other_run(c, checkpoint, folder):
         raise data.DataError(f"--steps {c.steps}: the run in {folder} has done {steps_done}")
 
 
-def refuse(c, typed, dataset):
-    """DataError for settings that contradict each other or would train something else than was meant."""
-    tree = c.kind == "tree"
-    if tree:
-        for name in NEED_DATA:
-            if typed.get(name):                                 # --no-flip and --holdout 0 are no demands
-                raise data.DataError(f"{flag(name)} needs --data")
-    if c.selector == "uniform":
-        for name in SELECTION:
-            if name in typed:
-                raise data.DataError(f"{flag(name)} needs --selector jest or ajest")
-    if "after" in typed and not (c.early_steps or c.until_better):
-        raise data.DataError("--after needs --early-steps or --until-better")
-    if "chunks" in typed and c.debias:
-        raise data.DataError("--chunks has no effect with --debias, which draws the batch at once")
-    if c.reference and c.selector != "jest":
-        raise data.DataError("--reference needs --selector jest; the reference of ajest is the --guide")
-    for name in ("prune", "prune_features"):
-        if name in typed and c.keep is None:
-            raise data.DataError(f"{flag(name)} needs --keep")
-    if "eta" in typed and c.class_weights != "dro":
-        raise data.DataError("--eta needs --class-weights dro")
-    refuse_guides(c, typed)
-    refuse_data(c, typed, dataset)
-
-    # Sizes.
-    if 0 < c.eval_samples < max(c.classes, 2):
-        raise data.DataError(f"--eval-samples {c.eval_samples}: give one for each class, and 2 or more")
-    divisor = (c.micro_batch or 1) * WORLD
-    super_batch_fits = c.selector == "uniform" or c.super_batch % divisor == 0
-    if c.batch % divisor or c.guide_batch % WORLD or not super_batch_fits:
-        raise data.DataError(f"--batch {c.batch}, --guide-batch {c.guide_batch} and the super-batch of "
-                             f"{c.super_batch} must be multiples of {divisor}, --micro-batch times the "
-                             "number of processes")
-
-
 def refuse_guides(c, typed):
     """DataError for a guide that is needed but not given, or given but not usable."""
     if c.selector == "ajest" or c.class_weights == "dro":
@@ -550,6 +487,69 @@ def refuse_data(c, typed, dataset):
                 raise data.DataError(f"{flag(name)} needs labels: {c.data} has none")
     if c.holdout >= len(dataset):
         raise data.DataError(f"--holdout {c.holdout}: the data has no more examples")
+
+
+def refuse(c, typed, dataset):
+    """DataError for settings that contradict each other or would train something else than was meant."""
+    tree = c.kind == "tree"
+    if tree:
+        for name in NEED_DATA:
+            if typed.get(name):                                 # --no-flip and --holdout 0 are no demands
+                raise data.DataError(f"{flag(name)} needs --data")
+    if c.selector == "uniform":
+        for name in SELECTION:
+            if name in typed:
+                raise data.DataError(f"{flag(name)} needs --selector jest or ajest")
+    if "after" in typed and not (c.early_steps or c.until_better):
+        raise data.DataError("--after needs --early-steps or --until-better")
+    if "chunks" in typed and c.debias:
+        raise data.DataError("--chunks has no effect with --debias, which draws the batch at once")
+    if c.reference and c.selector != "jest":
+        raise data.DataError("--reference needs --selector jest; the reference of ajest is the --guide")
+    for name in ("prune", "prune_features"):
+        if name in typed and c.keep is None:
+            raise data.DataError(f"{flag(name)} needs --keep")
+    if "eta" in typed and c.class_weights != "dro":
+        raise data.DataError("--eta needs --class-weights dro")
+    refuse_guides(c, typed)
+    refuse_data(c, typed, dataset)
+
+    # Sizes.
+    if 0 < c.eval_samples < max(c.classes, 2):
+        raise data.DataError(f"--eval-samples {c.eval_samples}: give one for each class, and 2 or more")
+    divisor = (c.micro_batch or 1) * WORLD
+    super_batch_fits = c.selector == "uniform" or c.super_batch % divisor == 0
+    if c.batch % divisor or c.guide_batch % WORLD or not super_batch_fits:
+        raise data.DataError(f"--batch {c.batch}, --guide-batch {c.guide_batch} and the super-batch of "
+                             f"{c.super_batch} must be multiples of {divisor}, --micro-batch times the "
+                             "number of processes")
+
+
+def settings(typed):
+    """-> (c, a namespace of plain values; the data set). Says what was loaded before it refuses anything."""
+    device = typed.get("device", DEFAULTS["device"])
+    dataset = load_dataset(typed, device)
+    folder = run_folder(typed)
+    if RANK == 0:
+        data.say("\n".join(dataset.report))
+
+    kind = preset_of(dataset)
+    preset = PRESETS[kind]
+    if kind != "tree" and not device.startswith("cuda"):
+        preset = preset | PRESETS["cpu"]
+    saved = saved_run(folder)
+    c = argparse.Namespace(**(DEFAULTS | preset | saved["settings"] | typed))
+
+    # Evaluations take the preset's noise levels, so that runs with another --P-mean compare.
+    c.eval_levels = dict(P_mean=PRESETS[kind]["P_mean"], P_std=PRESETS[kind]["P_std"])
+    c.out = str(folder)
+    add_facts_of_data(c, dataset)
+    add_derived_settings(c, typed, saved["settings"])
+    refuse(c, typed, dataset)
+    c.file_hashes = hashes_of_files(c)
+    refuse_other_run(c, saved, folder)
+    c.bf16, c.compile = model.supported(c.device, c.bf16, c.compile)
+    return c, dataset
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -752,6 +752,18 @@ def frozen_copy(denoiser):
 # ------------------------------------------------------------------------------------------------------------
 # The selectors: uniform batches of b, and JEST on super-batches of B. AJEST's reference is the guide.
 
+def reference_of(c, denoiser, ema, guide):
+    """The network that scores are taken against: the guide, a checkpoint, or the learner's average."""
+    if c.selector == "ajest":
+        return guide
+    if c.reference:
+        return load_matching(c.reference, c)
+    reference = frozen_copy(denoiser)
+    for parameter, mean in zip(reference.parameters(), ema.averages[c.ema[0]]):
+        parameter.data = mean                                   # shared: it moves with the average
+    return reference
+
+
 def make_selectors(c, dataset, denoiser, ema, examples, guide):
     """-> (select.Uniform for steps that do not select; select.Jest for steps that do, None if none does)."""
     make_batches = functools.partial(
@@ -779,18 +791,6 @@ def make_selectors(c, dataset, denoiser, ema, examples, guide):
         score=c.score, invert=c.invert, gain=c.gain)
     after = super_batches if c.after == "full" else batches
     return select.Uniform(after), jest
-
-
-def reference_of(c, denoiser, ema, guide):
-    """The network that scores are taken against: the guide, a checkpoint, or the learner's average."""
-    if c.selector == "ajest":
-        return guide
-    if c.reference:
-        return load_matching(c.reference, c)
-    reference = frozen_copy(denoiser)
-    for parameter, mean in zip(reference.parameters(), ema.averages[c.ema[0]]):
-        parameter.data = mean                                   # shared: it moves with the average
-    return reference
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1107,6 +1107,19 @@ def stage_settings(c, name, **changes):
     return argparse.Namespace(**(values | changes))
 
 
+def features_to_prune(c, dataset, pool):
+    """-> (features [n, d] of the examples at `pool`, seconds). Cached features keep the seconds they took."""
+    if c.prune == "random":                                     # needs no features
+        return torch.empty(len(pool), 0), 0.0
+    if c.prune_features == "pixels":
+        start = time.monotonic()
+        features = data.pixel_features(dataset, pool)
+        return features, time.monotonic() - start
+    network = fid.network(c.prune_features, c.device)
+    features, seconds = fid.data_features(network, dataset, "features of the data")
+    return features[pool], seconds
+
+
 def choose_examples(c, dataset, folder):
     """-> (pool, examples to train on, held-out examples, seconds that pruning took). The first three are
     sorted indices, or None. Pruning chooses the examples inside the pool and draws coreset.png."""
@@ -1128,19 +1141,6 @@ def choose_examples(c, dataset, folder):
         with data.writing(folder / "coreset.png") as file:
             picture.save(file, format="PNG")
     return pool, pool[kept], held_out, seconds
-
-
-def features_to_prune(c, dataset, pool):
-    """-> (features [n, d] of the examples at `pool`, seconds). Cached features keep the seconds they took."""
-    if c.prune == "random":                                     # needs no features
-        return torch.empty(len(pool), 0), 0.0
-    if c.prune_features == "pixels":
-        start = time.monotonic()
-        features = data.pixel_features(dataset, pool)
-        return features, time.monotonic() - start
-    network = fid.network(c.prune_features, c.device)
-    features, seconds = fid.data_features(network, dataset, "features of the data")
-    return features[pool], seconds
 
 
 @contextlib.contextmanager

@@ -1371,7 +1371,7 @@ def _raise_terminated(signal_number, frame):
     raise Terminated
 
 
-def command(run):
+def command(run, memory_advice="give --device cpu"):
     """Call run(). An error that the user can fix becomes one line on stderr and exit status 2; Ctrl-C and
     SIGTERM end with status 130 and 143. Characters that the output's encoding lacks appear as escapes."""
     for terminal in (sys.stdout, sys.stderr):
@@ -1384,8 +1384,7 @@ def command(run):
     try:
         return run()
     except torch.OutOfMemoryError:
-        message = ("error: out of device memory: give --micro-batch, else a smaller --batch with another "
-                   "--out, or --device cpu")
+        message = f"error: out of device memory: {memory_advice}"
         status = 2
     except (DataError, OSError) as error:
         message = f"error: {error}"

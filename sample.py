@@ -249,4 +249,4 @@ def write_picture(args, samples, config):
 
 
 if __name__ == "__main__":
-    data.command(main)
+    data.command(main, "give a smaller --batch, or --device cpu")

@@ -1746,12 +1746,11 @@ def test_flags_hold_their_range():
 
 @pytest.mark.parametrize("error, status, says", [
     (data.DataError("f: not\na \x1b[2J thing"), 2, "error: f: not a  [2J thing\n"),
-    (torch.OutOfMemoryError("CUDA"), 2, "give --micro-batch, else a smaller --batch with another --out, or "
-     "--device cpu"),
+    (torch.OutOfMemoryError("CUDA"), 2, "error: out of device memory: give less\n"),
     (KeyboardInterrupt(), 130, "stopped")])
 def test_command_ends_in_one_line(capsys, error, status, says):
     with pytest.raises(SystemExit, match=f"^{status}$"):
-        data.command(mock.Mock(side_effect=error))
+        data.command(mock.Mock(side_effect=error), "give less")
     text = capsys.readouterr().err
     assert says in text and text.count("\n") == 1
 

@@ -489,6 +489,21 @@ def refuse_data(c, typed, dataset):
         raise data.DataError(f"--holdout {c.holdout}: the data has no more examples")
 
 
+def refuse_sizes(c):
+    """DataError for numbers of examples that cannot be divided, or are too few to score."""
+    if 0 < c.eval_samples < max(c.classes, 2):
+        raise data.DataError(f"--eval-samples {c.eval_samples}: give one for each class, and 2 or more")
+    divisor = (c.micro_batch or 1) * WORLD
+    words = f"must be a multiple of {divisor}, --micro-batch times the number of processes"
+    if c.batch % divisor:
+        raise data.DataError(f"--batch {c.batch} {words}")
+    if c.selector != "uniform" and c.super_batch % divisor:
+        raise data.DataError(f"the super-batch of {c.super_batch}, --batch / (1 - --filter), {words}")
+    if c.guide_batch % WORLD:
+        raise data.DataError(f"--guide-batch {c.guide_batch} must be a multiple of {WORLD}, the number of "
+                             "processes")
+
+
 def refuse(c, typed, dataset):
     """DataError for settings that contradict each other or would train something else than was meant."""
     tree = c.kind == "tree"
@@ -514,15 +529,7 @@ def refuse(c, typed, dataset):
     refuse_guides(c, typed)
     refuse_data(c, typed, dataset)
 
-    # Sizes.
-    if 0 < c.eval_samples < max(c.classes, 2):
-        raise data.DataError(f"--eval-samples {c.eval_samples}: give one for each class, and 2 or more")
-    divisor = (c.micro_batch or 1) * WORLD
-    super_batch_fits = c.selector == "uniform" or c.super_batch % divisor == 0
-    if c.batch % divisor or c.guide_batch % WORLD or not super_batch_fits:
-        raise data.DataError(f"--batch {c.batch}, --guide-batch {c.guide_batch} and the super-batch of "
-                             f"{c.super_batch} must be multiples of {divisor}, --micro-batch times the "
-                             "number of processes")
+    refuse_sizes(c)
 
 
 def settings(typed):
@@ -1270,4 +1277,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    data.command(main)
+    data.command(main, "give --micro-batch, else a smaller --batch with another --out, or --device cpu")

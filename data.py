@@ -9,6 +9,7 @@ files, flags and programs stand at the end. To see what a data set holds, withou
 import argparse
 import collections
 import contextlib
+import errno
 import functools
 import hashlib
 import io
@@ -1247,7 +1248,9 @@ def writing(target):
         if error.filename not in (None, temporary):             # of another file, which the block reads
             raise
         raise _cannot_be_written(target, error) from None
-    except RuntimeError as error:                               # torch.save's, if the disk is full
+    except RuntimeError as error:                               # torch.save raises it over the first error
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise error.__context__ from None
         if isinstance(error.__context__, OSError):
             raise _cannot_be_written(target, error.__context__) from None
         if "PytorchStreamWriter" in str(error):
@@ -1399,9 +1402,24 @@ def command(run):
 def say(text, end="\n", file=None):
     """Print on `file` (None: stderr). If the terminal is closed the text is lost, and the program goes on."""
     file = sys.stderr if file is None else file
-    if file is not None:                                        # pythonw, python >&-
-        with contextlib.suppress(OSError, ValueError):
-            print(text, end=end, file=file, flush=True)
+    if file is None:                                            # pythonw, python 2>&-
+        return
+    try:
+        print(text, end=end, file=file, flush=True)
+    except OSError as error:
+        if error.errno in (errno.EIO, errno.EPIPE):
+            _discard(file)
+    except ValueError:                                          # the file is closed
+        pass
+
+
+def _discard(file):
+    """Lead what is written to this file nowhere. The text that its buffer holds would otherwise fail once
+    more when Python exits, and the exit status would be 120."""
+    with contextlib.suppress(OSError, ValueError):              # it may have no descriptor
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, file.fileno())
+        os.close(nowhere)
 
 
 _progress_shown = -math.inf                     # when the last progress line was shown

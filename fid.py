@@ -114,8 +114,8 @@ def distance_name(net_id):
 def warn_of_few(n, source):
     """Print a warning on stderr where n images bias a Fréchet distance visibly; `source` names them."""
     if n < BIASED_BELOW:
-        print(f"warning: {source}: only {n} images; below {BIASED_BELOW} the distance is biased upwards, "
-              "so compare it only with figures from as many images", file=sys.stderr)
+        data.say(f"warning: {source}: only {n} images; below {BIASED_BELOW} the distance is biased upwards, "
+                 "so compare it only with figures from as many images")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -331,7 +331,8 @@ class Evaluation:
             way = "unguided" if w == 1 else f"guidance {w:g}"
             if metrics:
                 count = record["samples"]
-                print(f"step {step}, {way} ({count:,} samples):  {'  '.join(metrics)}", flush=True)
+                line = f"step {step}, {way} ({count:,} samples):  {'  '.join(metrics)}"
+                data.say(line, file=sys.stdout)
 
     def __call__(self, denoiser, guide_denoiser, progress):
         c = self.c
@@ -627,21 +628,22 @@ def main(argv=None):
         if not args.paths:
             raise data.DataError("--compare needs one or more run folders")
         data.output(args.out)
-        print(compare(args.paths, args.out, args.metric))
+        data.say(compare(args.paths, args.out, args.metric), file=sys.stdout)
     elif args.fit:
         if len(args.paths) != 1:
             raise data.DataError(f"--fit needs one data set, not {len(args.paths)}")
         data.output(args.fit)
         dataset = data.load(args.paths[0], args.size)
         accuracy = fit(args.fit, dataset, args.epochs, args.width, args.device, args.seed)
-        print(f"{args.fit}: held-out accuracy {accuracy:.4f}, use it with --features own:{args.fit}")
+        data.say(f"{args.fit}: held-out accuracy {accuracy:.4f}, use it with --features own:{args.fit}",
+                 file=sys.stdout)
     else:
         if len(args.paths) != 2:
             raise data.DataError(f"two paths are needed, REAL and FAKE, not {len(args.paths)} "
                                  "(or give --fit or --compare)")
         if args.inception_weights and args.features != "inception":
             raise data.DataError(f"--inception-weights has no effect with --features {args.features}")
-        print(score(args))
+        data.say(score(args), file=sys.stdout)
 
 
 def score(args):
@@ -670,7 +672,7 @@ def score(args):
 def load_images(path, size):
     """The Dataset at `path`; its report and a warning of few images go to stderr. Raises DataError."""
     dataset = data.load(path, size)
-    print(f"{path}: {', '.join(dataset.report)}", file=sys.stderr)
+    data.say(f"{path}: {', '.join(dataset.report)}")
     if len(dataset) < 2:
         raise data.DataError(f"{path}: only one image, and a Fréchet distance needs 2 or more on each side")
     warn_of_few(len(dataset), path)

@@ -286,7 +286,7 @@ def settings(typed):
     dataset = load_dataset(typed, device)
     folder = run_folder(typed)
     if RANK == 0:
-        print("\n".join(dataset.report), file=sys.stderr)
+        data.say("\n".join(dataset.report))
 
     kind = preset_of(dataset)
     preset = PRESETS[kind]
@@ -389,6 +389,10 @@ def add_what_follows(c, typed, saved):
         path = file_named_by(c, name)
         if path is not None:
             setattr(c, name, os.path.abspath(getattr(c, name)))
+    for name in ("metrics", "prune_features"):
+        features, _, path = getattr(c, name).partition(":")
+        if features == "own":
+            setattr(c, name, f"own:{os.path.abspath(data.path(path))}")
 
 
 def file_named_by(c, name):
@@ -411,10 +415,22 @@ def needs_guide_to_train(c):
     return ajest or c.class_weights == "dro" or c.guided_targets != 1
 
 
+def needs_guide(c):
+    """Whether the guide takes part in training or in sampling."""
+    return needs_guide_to_train(c) or c.guidance != 1
+
+
+def without_guide(c):
+    """What messages advise where the guide is gone."""
+    if needs_guide_to_train(c):
+        return "another --out starts anew"
+    return "--guidance 1 goes on without a guide"
+
+
 def hashes_of_files(c):
     """{flag: SHA-256} of the files that the run needs; files may have moved when it goes on."""
     names = ["reference", "class_weights"]
-    if needs_guide_to_train(c) or c.guidance != 1:
+    if needs_guide(c):
         names.append("guide")
     if c.keep is not None and c.prune != "random":
         names.append("prune_features")
@@ -422,6 +438,8 @@ def hashes_of_files(c):
     for name in names:
         path = file_named_by(c, name)
         if path is not None:
+            if name == "guide" and not os.path.exists(path):
+                raise data.DataError(f"{path}: no such file: give --guide its place ({without_guide(c)})")
             with data.reading(path, f"a file for {flag(name)}"):
                 hashes[name] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     return hashes
@@ -443,6 +461,9 @@ def refuse_other_run(c, checkpoint, folder):
         differs = saved[name] != now
         if name in c.file_hashes and name in saved["file_hashes"]:      # the file may have moved
             differs = saved["file_hashes"][name] != c.file_hashes[name]
+        if differs and saved[name] == now:
+            raise data.DataError(f"{folder} holds a run with {flag(name)} {now}, and that file has changed: "
+                                 "give another --out, or delete the folder")
         if differs:
             raise data.DataError(f"{folder} holds a run with {flag(name)} {shown(saved[name])}, not "
                                  f"{shown(now)}: give another --out, or delete the folder")
@@ -758,21 +779,17 @@ def guide_is_ready(c, progress):
 
 def load_guide(c, folder, guide_path, denoiser, progress):
     """-> (the guide, None where the run needs none; the path of its checkpoint, None before a snapshot)."""
-    needed = needs_guide_to_train(c) or c.guidance != 1
     if c.guide == "snapshot":
         guide = copy.deepcopy(denoiser).eval().requires_grad_(False)
         if not progress["snapshot"]:
             return guide, None
         guide_path = folder / "guide.pt"
-    if c.guide == "none" or not needed:
+    if c.guide == "none" or not needs_guide(c):
         return None, guide_path
     try:
         trained = load_matching(guide_path, c)
     except data.DataError as error:
-        way_out = "another --out starts anew"
-        if not needs_guide_to_train(c):
-            way_out = "--guidance 1 goes on without a guide"
-        raise data.DataError(f"{error} ({way_out})") from None
+        raise data.DataError(f"{error} ({without_guide(c)})") from None
     if c.guide == "snapshot":
         guide.load_state_dict(trained.state_dict())
         return guide, guide_path
@@ -1121,6 +1138,26 @@ def locked(folder):
         os.close(handle)
 
 
+def is_lost(folder, stage):
+    """Whether a stage is gone that was there before the model of this run folder was trained."""
+    return (folder / "checkpoint.pt").exists() and not (folder / stage / "checkpoint.pt").exists()
+
+
+def trained_guide(c, dataset, folder, pool, examples):
+    """-> the checkpoint of the run's own guide, which is trained first; None where it is gone and not needed.
+    For group DRO it is the reference, too, and then sees the whole pool."""
+    path = folder / "guide" / "checkpoint.pt"
+    if is_lost(folder, "guide"):
+        if needs_guide(c):
+            raise data.DataError(f"{path}: the guide of this run is gone ({without_guide(c)})")
+        return None
+    if c.class_weights == "dro":
+        train(stage_settings(c, "guide", keep=None), dataset, folder / "guide", pool)
+    else:
+        train(stage_settings(c, "guide"), dataset, folder / "guide", examples)
+    return path
+
+
 def run_stages(c, dataset, folder):
     """Coreset, guide, class weights, and the model with its evaluation."""
     pool, examples, held_out, prune_seconds = choose_examples(c, dataset, folder)
@@ -1134,7 +1171,7 @@ def run_stages(c, dataset, folder):
     guide_path = file_named_by(c, "guide")
     reference_path = file_named_by(c, "reference")
     for path in (guide_path, reference_path):
-        if path is not None and (path != guide_path or needs_guide_to_train(c) or c.guidance != 1):
+        if path is not None and (path != guide_path or needs_guide(c)):
             load_matching(path, c)
     class_weights = None
     costs = [(prune_seconds, 0)]                                # of all that was done for this model
@@ -1148,19 +1185,16 @@ def run_stages(c, dataset, folder):
     if RANK == 0:
         with data.writing(folder / "config.json") as file:      # for people
             file.write(json.dumps(vars(c), indent=1).encode())
-        print(f"{folder}: {c.channels} channels, {c.steps:,} steps of {c.batch}, {c.selector} batches, "
-              f"guide {c.guide}, {c.eval_samples:,} samples scored", file=sys.stderr)
+        data.say(f"{folder}: {c.channels} channels, {c.steps:,} steps of {c.batch}, {c.selector} batches, "
+                 f"guide {c.guide}, {c.eval_samples:,} samples scored")
 
-    # The guide. For group DRO it is the reference, too, and then sees the whole pool.
     if c.guide == "train":
-        if c.class_weights == "dro":
-            train(stage_settings(c, "guide", keep=None), dataset, folder / "guide", pool)
-        else:
-            train(stage_settings(c, "guide"), dataset, folder / "guide", examples)
-        guide_path = folder / "guide" / "checkpoint.pt"
+        guide_path = trained_guide(c, dataset, folder, pool, examples)
 
     # Class weights: a proxy finds them by group DRO against the reference.
     if c.class_weights == "dro":
+        if is_lost(folder, "proxy"):
+            raise data.DataError(f"{folder}/proxy: the proxy of this run is gone (another --out starts anew)")
         proxy_settings = stage_settings(c, "proxy", eta=c.eta)
         train(proxy_settings, dataset, folder / "proxy", examples, dro_reference=guide_path)
         file = folder / "proxy" / "class_weights.json"
@@ -1181,7 +1215,7 @@ def run_stages(c, dataset, folder):
     train(c, dataset, folder, examples, guide_path, class_weights, evaluation=evaluation, cost=cost)
     if RANK == 0:
         names = sorted(path.name for path in folder.iterdir())
-        print(f"wrote {folder}/: {', '.join(names)}")
+        data.say(f"wrote {folder}/: {', '.join(names)}", file=sys.stdout)
 
 
 def main(argv=None):

@@ -1230,6 +1230,8 @@ def reading(source, what):
         raise DataError(f"{error.filename or source}: no such file") from None
     except Exception as error:
         why = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, KeyError):                         # of which the text is the key alone
+            why = f"it has no {why}"
         raise DataError(f"{source}: not {what}, {why[:200]}") from None
 
 
@@ -1329,7 +1331,7 @@ def device(text):
             torch.cuda.set_device(wanted)                       # before the first call that would take cuda:0
         elif wanted.type != "cpu":
             raise RuntimeError("cpu and cuda are supported")
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, AttributeError) as error:         # the last without CUDA's code
         first_line = str(error).partition("\n")[0]
         raise argparse.ArgumentTypeError(f"{text}: {first_line[:80]}") from None
     return str(wanted)

@@ -9,7 +9,6 @@ files, flags and programs stand at the end. To see what a data set holds, withou
 import argparse
 import collections
 import contextlib
-import errno
 import functools
 import hashlib
 import io
@@ -1404,24 +1403,9 @@ def command(run):
 def say(text, end="\n", file=None):
     """Print on `file` (None: stderr). If the terminal is closed the text is lost, and the program goes on."""
     file = sys.stderr if file is None else file
-    if file is None:                                            # pythonw, python 2>&-
-        return
-    try:
-        print(text, end=end, file=file, flush=True)
-    except OSError as error:
-        if error.errno in (errno.EIO, errno.EPIPE):
-            _discard(file)
-    except ValueError:                                          # the file is closed
-        pass
-
-
-def _discard(file):
-    """Lead what is written to this file nowhere. The text that its buffer holds would otherwise fail once
-    more when Python exits, and the exit status would be 120."""
-    with contextlib.suppress(OSError, ValueError):              # it may have no descriptor
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, file.fileno())
-        os.close(nowhere)
+    if file is not None:                                        # pythonw, python >&-
+        with contextlib.suppress(OSError, ValueError):
+            print(text, end=end, file=file, flush=True)
 
 
 _progress_shown = -math.inf                     # when the last progress line was shown

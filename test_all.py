@@ -1879,25 +1879,6 @@ def test_no_program_dies_when_its_terminal_is_closed(tmp_path, monkeypatch):
     assert {"run", "x.npz", "x.svg"} <= set(os.listdir(tmp_path))
 
 
-def test_a_closed_terminal_leaves_the_exit_status():
-    """Python flushes stdout and stderr once more when it exits."""
-    code = ("import sys, data\n"
-            "def run():\n"
-            "    data.say('started')\n"
-            "    sys.stdin.read()\n"
-            "    data.say('line', file=sys.stdout)\n"
-            "    data.progress('line')\n"
-            "data.command(run)")
-    master, slave = pty.openpty()
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stdin=subprocess.PIPE, stdout=slave,
-                               stderr=slave)
-    os.close(slave)
-    assert os.read(master, 99).startswith(b"started")
-    os.close(master)
-    process.stdin.close()
-    assert process.wait(60) == 0
-
-
 def test_names_that_the_output_cannot_encode_are_escaped(monkeypatch):
     for stream in "stdout", "stderr":
         monkeypatch.setattr(sys, stream, io.TextIOWrapper(io.BytesIO(), "ascii"))

@@ -1239,6 +1239,8 @@ def reading(source, what):
         raise DataError(f"{error.filename or source}: no such file") from None
     except Exception as error:
         why = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, KeyError):                         # of which the text is the key alone
+            why = f"it has no {why}"
         raise DataError(f"{source}: not {what}, {why[:200]}") from None
 
 
@@ -1257,7 +1259,9 @@ def writing(target):
         if error.filename not in (None, temporary):             # of another file, which the block reads
             raise
         raise _cannot_be_written(target, error) from None
-    except RuntimeError as error:                               # torch.save's, if the disk is full
+    except RuntimeError as error:                               # torch.save raises it over the first error
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise error.__context__ from None
         if isinstance(error.__context__, OSError):
             raise _cannot_be_written(target, error.__context__) from None
         if "PytorchStreamWriter" in str(error):
@@ -1336,7 +1340,7 @@ def device(text):
             torch.cuda.set_device(wanted)                       # before the first call that would take cuda:0
         elif wanted.type != "cpu":
             raise RuntimeError("cpu and cuda are supported")
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, AttributeError) as error:         # the last without CUDA's code
         first_line = str(error).partition("\n")[0]
         raise argparse.ArgumentTypeError(f"{text}: {first_line[:80]}") from None
     return str(wanted)

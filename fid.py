@@ -630,21 +630,22 @@ def main(argv=None):
         if not args.paths:
             raise data.DataError("--compare needs one or more run folders")
         data.require_writable(args.out)
-        print(compare(args.paths, args.out, args.metric))
+        data.say(compare(args.paths, args.out, args.metric), file=sys.stdout)
     elif args.fit:
         if len(args.paths) != 1:
             raise data.DataError(f"--fit needs one data set, not {len(args.paths)}")
         data.require_writable(args.fit)
         dataset = data.load(args.paths[0], args.size)
         accuracy = fit(args.fit, dataset, args.epochs, args.width, args.device, args.seed)
-        print(f"{args.fit}: held-out accuracy {accuracy:.4f}, use it with --features own:{args.fit}")
+        data.say(f"{args.fit}: held-out accuracy {accuracy:.4f}, use it with --features own:{args.fit}",
+                 file=sys.stdout)
     else:
         if len(args.paths) != 2:
             raise data.DataError(f"two paths are needed, REAL and FAKE, not {len(args.paths)} "
                                  "(or give --fit or --compare)")
         if args.inception_weights and args.features != "inception":
             raise data.DataError(f"--inception-weights has no effect with --features {args.features}")
-        print(score(args))
+        data.say(score(args), file=sys.stdout)
 
 
 def score(args):
@@ -673,7 +674,7 @@ def score(args):
 def load_images(path, size):
     """The Dataset at `path`; its report and a warning of few images go to stderr. Raises DataError."""
     dataset = data.load(path, size)
-    print(f"{path}: {', '.join(dataset.report)}", file=sys.stderr)
+    data.say(f"{path}: {', '.join(dataset.report)}")
     if len(dataset) < 2:
         raise data.DataError(f"{path}: only one image, and a Fréchet distance needs 2 or more on each side")
     warn_of_few(len(dataset), path)

@@ -9,6 +9,7 @@ averages of the weights are those of "Analyzing and Improving the Training Dynam
 In order: the denoiser and its loss; the UNet, its blocks and their layers; the MLP; averages of the weights;
 autocast and compilation; checkpoints.
 """
+import contextlib
 import functools
 import importlib.util
 import itertools
@@ -493,15 +494,21 @@ def supported(device, bf16, compiled):
     is_gpu = torch.device(device).type == "cuda"
     torch.backends.cudnn.benchmark = True
     if bf16 and is_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
-        print("this GPU has no bf16: computing in fp32", file=sys.stderr)
+        _say("this GPU has no bf16: computing in fp32")
         bf16 = False
     if compiled and is_gpu and importlib.util.find_spec("triton") is None:
-        print("torch.compile needs triton, which is not installed: running without it", file=sys.stderr)
+        _say("torch.compile needs triton, which is not installed: running without it")
         compiled = False
     if compiled and not any(shutil.which(name) for name in ("cc", "gcc", "clang", "g++", "cl")):
-        print("torch.compile needs a C compiler, which is not installed: running without it", file=sys.stderr)
+        _say("torch.compile needs a C compiler, which is not installed: running without it")
         compiled = False
     return bf16, compiled
+
+
+def _say(text):
+    """Print on stderr, unless the terminal is closed."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------------------

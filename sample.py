@@ -10,6 +10,7 @@ computes in fp32. Sample i depends on seed + i alone, not on the number of sampl
 """
 import math
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,7 @@ def main(argv=None):
         write_picture(args, torch.cat(list(batches)), config)
     else:
         write_images(files, batches)
-    print(f"wrote {args.out}")
+    data.say(f"wrote {args.out}", file=sys.stdout)
 
 
 def draw(args, config, denoiser, labels):

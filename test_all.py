@@ -239,6 +239,11 @@ def test_no_score_makes_jest_choose_an_example_twice_or_always(joint, value):
         assert not torch.equal(index, select.gumbel_top_k(scores, 10, generator)[0])
 
 
+def test_scores_that_are_not_finite_become_the_mean_of_the_others():
+    scores = torch.tensor([1.0, math.inf, math.nan, 6.0, -math.inf, 8.0])
+    assert select.finite(scores).tolist() == [1, 5, 5, 6, 5, 8]
+
+
 def test_jest_draws_at_most_so_many_chunks_and_the_sum_selects_hardest(monkeypatch):
     draws, gumbel = [], select.gumbel
     monkeypatch.setattr(select, "gumbel", lambda *args: draws.append(1) or gumbel(*args))
@@ -415,6 +420,12 @@ def test_the_reference_of_jest_is_the_current_ema_of_the_learner():
     for flags, computed in ("", False), ("--until-better", True):       # else no score needs the reference
         hard = _jest(_settings("--selector ajest --score hard --batch 64", flags), other)[1]
         assert (hard.reference_loss is not None) == computed
+
+
+def test_each_step_selects_with_random_numbers_of_its_own():
+    _, jest, _ = _jest(_settings("--selector jest --batch 64"))
+    first, second, again = (jest.make_generator(step).initial_seed() for step in (3, 4, 3))
+    assert first == again != second
 
 
 def test_until_better_selects_until_the_learner_wins_at_a_log_line(monkeypatch):
@@ -870,6 +881,41 @@ def test_adam_is_that_of_a_loss_summed_over_dimensions():
             assert torch.allclose(parameter, other, rtol=0, atol=1e-6)
 
 
+def test_the_learning_rate_in_closed_form():
+    c = argparse.Namespace(lr=0.5, lr_decay=100, warmup=4)
+    rates = [train.learning_rate(c, step) for step in (0, 1, 4, 99, 100, 400)]
+    assert np.allclose(rates, [0.1, 0.2, 0.5, 0.5, 0.5, 0.25])
+
+
+def test_an_update_keeps_the_rows_of_all_weights_at_unit_rms():
+    learner = train.Learner(_settings("--channels 8 --blocks 1 --lr 0.1 --data", _folder() / "d.npz"))
+    weights = [layer.weight for layer in learner.denoiser.modules() if isinstance(layer, model.MPLayer)]
+    before = [weight.detach().clone() for weight in weights]
+    for parameter in learner.parameters:
+        parameter.grad = torch.randn_like(parameter)
+    learner.update(60)
+    for weight, old in zip(weights, before):
+        mean_square = weight.flatten(1).square().mean(1)
+        assert torch.allclose(mean_square, torch.ones_like(mean_square), rtol=1e-5)
+        assert not torch.equal(weight, old)
+
+
+def test_the_stopwatch_counts_training_and_no_graph_that_is_compiled(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(train.time, "monotonic", lambda: now)
+    for compiled, seconds in (True, [0, 2, 0, 2]), (False, [2, 2, 2, 2]):
+        clock = train.Stopwatch(torch.device("cpu"), 5.0, compiled)
+        with clock.paused():
+            now += 50
+        assert clock.read() == 5
+        for graph, counted in zip("aaba", seconds):
+            before = clock.read()
+            clock.begin_step(graph)
+            now += 2
+            clock.end_step()
+            assert clock.read() - before == counted
+
+
 def test_a_non_finite_gradient_element_becomes_zero(monkeypatch):
     runs, build = [], model.build
     for value in 0.0, math.inf, -math.inf, math.nan:
@@ -1025,6 +1071,66 @@ def test_a_snapshot_that_is_gone_is_found_before_the_first_step(tmp_path, capsys
         assert _load(run)["progress"]["step"] == 24
     _train(flags, "--steps 40 --guidance 1", out=guided)
     assert _load(guided)["progress"]["step"] == 40
+
+
+@pytest.mark.parametrize("flags, stage, way_out", [
+    (TINY + "--guide train --guidance 2 --guide-batch 64", "guide", "--guidance 1"),
+    (TINY + "--selector ajest --guide-batch 64", "guide", "another --out"),
+    (SMALL + "--data d.npz --class-weights dro", "proxy", "another --out")])
+def test_a_stage_that_is_gone_is_not_trained_again(tmp_path, monkeypatch, capsys, flags, stage, way_out):
+    monkeypatch.chdir(_folder())
+    run = _train(flags, out=tmp_path / "run")
+    shutil.rmtree(run / stage)
+    for more in "", "--steps 40":
+        _one_line(capsys, train, f"{flags} {more} --out {run}", run / stage, "gone", way_out)
+    assert not (run / stage).exists()
+    if way_out == "--guidance 1":
+        _train(flags, "--steps 40 --guidance 1", out=run)
+        assert _load(run)["progress"]["step"] == 40 and not (run / stage).exists()
+
+
+@pytest.mark.parametrize("flags, way_out", [
+    ("--selector ajest", "another --out"), ("--eval-samples 4 --metrics none", "--guidance 1")])
+def test_the_guide_of_a_run_may_move_but_not_change(tmp_path, monkeypatch, capsys, flags, way_out):
+    guide_run = shutil.copytree(_folder() / "reference", tmp_path / "guide")
+    flags = f"{SMALL} {flags} --data {_folder()}/d.npz --out {tmp_path}/run"
+    _train(flags, "--guide", guide_run, out=tmp_path / "run")
+    guide_run.rename(tmp_path / "moved")
+    _one_line(capsys, train, f"{flags} --steps 8", guide_run, "no such file", "--guide", way_out)
+    monkeypatch.chdir(tmp_path)
+    _train(flags, "--steps 8 --guide moved", out=tmp_path / "run")
+    assert _load(tmp_path / "run")["progress"]["step"] == 8
+    torch.save(_load("moved") | dict(log=[]), "moved/checkpoint.pt")
+    _one_line(capsys, train, f"{flags} --steps 9", tmp_path / "moved", "changed", "another --out")
+    torch.save(_load("moved") | dict(log=[]), _folder() / "changed.pt")
+    _one_line(capsys, train, f"{flags} --steps 9 --guide {_folder()}/changed.pt", "moved, not", "changed.pt")
+
+
+def test_own_features_are_found_from_another_folder(tmp_path, monkeypatch):
+    _fid_classifier(tmp_path / "own.pt")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    flags = f"{SMALL} --guide none --eval-samples 4 --data {_folder()}/d.npz"
+    _train(flags, "--keep 0.5 --prune-features own:~/own.pt --metrics own:own.pt", out=tmp_path / "run")
+    monkeypatch.chdir(_folder())
+    _train(flags, "--steps 8", out=tmp_path / "run")
+    assert "FD(own)" in _records(tmp_path / "run", "eval")[-1]
+
+
+def test_another_guidance_reaches_the_checkpoint_of_a_finished_run():
+    flags = f"{SMALL} --data {_folder()}/d.npz"
+    run = _train(flags)
+    _train(flags, "--guidance 2.5", out=run)
+    assert _load(run)["model_config"]["guidance"] == 2.5
+
+
+def test_a_checkpoint_of_another_version_is_refused_in_one_line(tmp_path, capsys):
+    run = _train(TINY, "--guide none", out=tmp_path / "run")
+    content = _load(run)
+    del content["settings"]
+    torch.save(content, run / "checkpoint.pt")
+    flags = f"{TINY} --guide none --out {run}"
+    _one_line(capsys, train, flags, run / "checkpoint.pt", "it has no 'settings'")
 
 
 def test_a_start_that_is_refused_or_stopped_early_holds_nothing(tmp_path, monkeypatch):
@@ -1705,6 +1811,15 @@ def test_writing_names_the_file_that_torch_cannot_save(tmp_path, size):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, data.Terminated])
+def test_a_stop_while_torch_saves_is_a_stop(tmp_path, stop):
+    with pytest.raises(stop), data.writing(tmp_path / "x.pt") as file:
+        writes = [len] * 3 + [mock.Mock(side_effect=stop)]     # torch then raises a RuntimeError of its own
+        torch.save(torch.zeros(9), types.SimpleNamespace(
+            write=lambda part: writes.pop(0)(part) and file.write(part), flush=file.flush))
+    assert os.listdir(tmp_path) == []
+
+
 def test_writing_knows_the_error_of_torch_by_its_words(tmp_path):
     words = "PytorchStreamWriter failed writing file data/0: file write failed"
     with pytest.raises(data.DataError, match=f"/x.pt: cannot be written, {words}"):
@@ -1738,7 +1853,7 @@ def test_flags_hold_their_range():
     count, share = data.number(int, "[1, inf)"), data.number(float, "(0, 1]")
     assert [count("1"), count("70000"), share("1"), share("1e-9")] == [1, 70000, 1, 1e-9]
     for parse, bad in ((count, ["0", "1.5", "x", "", "9" * 30, "9" * 5000]),
-                       (share, ["0", "1.0001", "nan", "-inf"]), (data.device, ["no", "meta", ""])):
+                       (share, ["0", "1.0001", "nan", "-inf"]), (data.device, ["no", "meta", "", "cuda:99"])):
         for text in bad:
             with pytest.raises((argparse.ArgumentTypeError, ValueError)):
                 parse(text)
@@ -1791,6 +1906,18 @@ def test_a_closed_terminal_ends_no_program(monkeypatch, capsys, terminal):
     with pytest.raises(SystemExit, match="^2$"):
         data.command(mock.Mock(side_effect=data.DataError("f: no")))
     assert capsys.readouterr().out == ""                        # nor does it go elsewhere
+
+
+def test_no_program_dies_when_its_terminal_is_closed(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", GoneTerminal())
+    monkeypatch.setattr(sys, "stderr", GoneTerminal())
+    run = _train(TINY.replace("--eval-samples 0", "--eval-samples 8"), out=tmp_path / "run")
+    sample.main(f"{run} --n 2 --device cpu --out {tmp_path}/x.npz".split())
+    fid.main(f"--compare {run} --out {tmp_path}/x.svg".split())
+    fid.main(f"{_folder()}/d.npz {_folder()}/moved.npz --features pixels".split())
+    model.supported("cuda", True, True)
+    assert len(_records(run, "eval")) == 2
+    assert {"run", "x.npz", "x.svg"} <= set(os.listdir(tmp_path))
 
 
 def test_names_that_the_output_cannot_encode_are_escaped(monkeypatch):
@@ -2401,7 +2528,8 @@ def test_group_dro_by_hand():
     dro = data.GroupDRO(3, eta=0.7, smoothing=0.01)
     alpha, total = np.full(3, 1 / 3), np.zeros(3)
     steps = [([0.4, -1.0, 0.8, 2.0, 1.0], [0, 0, 0, 2, 2], [0.4, 0, 1.5]),      # class 1 is absent
-             ([0.3, 0.5, 9.0, math.nan, 0.2], [1, 1, 0, 2, 2], [9.0, 0.4, 0.1])]        # one of class 0 only
+             ([0.3, 0.5, 9.0, math.nan, 0.2], [1, 1, 0, 2, 2], [9.0, 0.4, 0.1]),        # one of class 0 only
+             ([0.2, 0.6], [1, 2], [9.0, 0.2, 0.6])]                     # class 0 is absent: it keeps its 9
     for excess, labels, e in steps:
         halves = zip(torch.tensor(excess).split(3), torch.tensor(labels).split(3))      # of two processes
         dro.update(sum(dro.totals(*half) for half in halves))
@@ -2409,7 +2537,7 @@ def test_group_dro_by_hand():
         alpha = 0.99 * alpha / alpha.sum() + 0.01 / 3
         total += alpha
         np.testing.assert_allclose(dro.alpha, alpha, rtol=1e-5)
-    np.testing.assert_allclose(dro.mean_alpha, total / 2, rtol=1e-5)
+    np.testing.assert_allclose(dro.mean_alpha, total / 3, rtol=1e-5)
 
 
 def test_group_dro_takes_the_step_size_of_its_paper():

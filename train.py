@@ -411,6 +411,13 @@ def needs_guide(c):
     return needs_guide_to_train(c) or c.guidance != 1
 
 
+def without_guide(c):
+    """What messages advise where the guide is gone."""
+    if needs_guide_to_train(c):
+        return "another --out starts anew"
+    return "--guidance 1 goes on without a guide"
+
+
 def hashes_of_files(c):
     """{flag: SHA-256} of the files that the run needs; files may have moved when it goes on."""
     names = ["reference", "class_weights"]
@@ -422,6 +429,8 @@ def hashes_of_files(c):
     for name in names:
         path = file_named_by(c, name)
         if path is not None:
+            if name == "guide" and not os.path.exists(path):
+                raise data.DataError(f"{path}: no such file: give --guide its place ({without_guide(c)})")
             with data.reading(path, f"a file for {flag(name)}"):
                 hashes[name] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     return hashes
@@ -443,6 +452,9 @@ def refuse_other_run(c, checkpoint, folder):
         differs = saved[name] != now
         if name in c.file_hashes and name in saved["file_hashes"]:      # the file may have moved
             differs = saved["file_hashes"][name] != c.file_hashes[name]
+        if differs and saved[name] == now:
+            raise data.DataError(f"{folder} holds a run with {flag(name)} {now}, and that file has changed: "
+                                 "give another --out, or delete the folder")
         if differs:
             raise data.DataError(f"{folder} holds a run with {flag(name)} {shown(saved[name])}, not "
                                  f"{shown(now)}: give another --out, or delete the folder")
@@ -820,10 +832,7 @@ def load_guide(c, folder, guide_path, denoiser, progress):
     try:
         return load_matching(guide_path, c), guide_path
     except data.DataError as error:
-        way_out = "another --out starts anew"
-        if not needs_guide_to_train(c):
-            way_out = "--guidance 1 goes on without a guide"
-        raise data.DataError(f"{error} ({way_out})") from None
+        raise data.DataError(f"{error} ({without_guide(c)})") from None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1181,15 +1190,24 @@ def open_given_files(c):
         data.read_class_weights(weights_path, c.class_names)
 
 
+def is_lost(folder, stage):
+    """Whether a stage is gone that was there before the model of this run folder was trained."""
+    return (folder / "checkpoint.pt").exists() and not (folder / stage / "checkpoint.pt").exists()
+
+
 def train_guide(c, dataset, folder, pool, examples):
-    """-> the checkpoint of a guide that is trained on the run's examples. With group DRO it is the reference,
-    too, and sees the whole pool."""
-    path = folder / "guide"
+    """-> the checkpoint of a guide that is trained on the run's examples; None where it is gone and not
+    needed. With group DRO it is the reference, too, and sees the whole pool."""
+    path = folder / "guide" / "checkpoint.pt"
+    if is_lost(folder, "guide"):
+        if needs_guide(c):
+            raise data.DataError(f"{path}: the guide of this run is gone ({without_guide(c)})")
+        return None
     if c.class_weights == "dro":
-        train(stage_settings(c, "guide", keep=None), dataset, path, pool)
+        train(stage_settings(c, "guide", keep=None), dataset, folder / "guide", pool)
     else:
-        train(stage_settings(c, "guide"), dataset, path, examples)
-    return path / "checkpoint.pt"
+        train(stage_settings(c, "guide"), dataset, folder / "guide", examples)
+    return path
 
 
 def find_class_weights(c, dataset, folder, examples, reference_path):
@@ -1204,6 +1222,9 @@ def find_class_weights(c, dataset, folder, examples, reference_path):
     else:
         path = c.class_weights
         if path == "dro":
+            if is_lost(folder, "proxy"):
+                raise data.DataError(f"{folder}/proxy: the proxy of this run is gone (another --out starts "
+                                     "anew)")
             proxy_settings = stage_settings(c, "proxy", eta=c.eta)
             train(proxy_settings, dataset, folder / "proxy", examples, dro_reference=reference_path)
             path = folder / "proxy" / "class_weights.json"

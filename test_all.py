@@ -1051,16 +1051,6 @@ def test_a_run_goes_on_from_another_working_directory(tmp_path, monkeypatch):
     assert [r["guidance"] for r in _records(tmp_path / "run", "eval")] == [1, 1.5, 1, 1.5]
 
 
-def test_own_features_may_lie_at_home_and_a_later_start_in_another_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    Path("own.pt").write_bytes(b"1")
-    flags = f"--data {_folder()}/d.npz --keep 0.5 --metrics own:own.pt --prune-features own:~/own.pt"
-    c = _settings(flags)
-    assert c.metrics == c.prune_features == f"own:{tmp_path}/own.pt"
-    assert c.file_hashes == dict(prune_features=hashlib.sha256(b"1").hexdigest())
-
-
 @pytest.mark.parametrize("damage", [os.remove, lambda path: path.write_bytes(path.read_bytes()[:-900])])
 def test_a_snapshot_that_is_gone_is_found_before_the_first_step(tmp_path, capsys, damage):
     flags = TINY.replace("--eval-samples 0", "--eval-samples 8")

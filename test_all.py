@@ -1095,7 +1095,8 @@ def test_a_checkpoint_of_another_version_is_refused_in_one_line(tmp_path, capsys
     content = _load(run)
     del content["settings"]
     torch.save(content, run / "checkpoint.pt")
-    _one_line(capsys, train, f"{TINY} --guide none --out {run}", run / "checkpoint.pt", "it has no 'settings'")
+    flags = f"{TINY} --guide none --out {run}"
+    _one_line(capsys, train, flags, run / "checkpoint.pt", "it has no 'settings'")
 
 
 def test_a_start_that_is_refused_or_stopped_early_holds_nothing(tmp_path, monkeypatch):

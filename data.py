@@ -1333,6 +1333,8 @@ def device(text):
     try:
         wanted = torch.device(text)
         if wanted.type == "cuda":
+            if not torch.backends.cuda.is_built():
+                raise RuntimeError("this torch is built without CUDA")
             index = wanted.index
             if not index:                                       # "cuda" and "cuda:0": the process's own
                 index = int(os.environ.get("LOCAL_RANK", 0))
@@ -1340,7 +1342,7 @@ def device(text):
             torch.cuda.set_device(wanted)                       # before the first call that would take cuda:0
         elif wanted.type != "cpu":
             raise RuntimeError("cpu and cuda are supported")
-    except (RuntimeError, AssertionError, AttributeError) as error:         # the last without CUDA's code
+    except (RuntimeError, AssertionError) as error:
         first_line = str(error).partition("\n")[0]
         raise argparse.ArgumentTypeError(f"{text}: {first_line[:80]}") from None
     return str(wanted)

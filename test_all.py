@@ -1422,6 +1422,12 @@ def test_validation_noise_is_the_same_in_every_run_and_no_training_step_s(tmp_pa
         assert not torch.isin(seen[step], training[step].sigma).any()
 
 
+def test_every_run_is_evaluated_at_the_noise_levels_of_its_preset():
+    for flags, P_mean, P_std in ("", -2.3, 1.5), (f"--data {_folder()}/d.npz", -1.2, 1.2):
+        c = _settings(flags, "--P-mean 0.5 --P-std 3")
+        assert (c.P_mean, c.P_std, c.eval_levels) == (0.5, 3, dict(P_mean=P_mean, P_std=P_std))
+
+
 @pytest.mark.parametrize("flags, number", [("", 0), ("--holdout 6", 1)])
 def test_without_metrics_no_empty_line_is_printed(capsys, flags, number):
     _train(SMALL, f"--data {_folder()}/d.npz --guide none --eval-samples 4 --metrics none", flags)

@@ -57,6 +57,7 @@ DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 TEMP = tempfile.TemporaryDirectory(prefix="tests-")             # deleted at the end
 os.environ["DATA_CACHE"] = os.path.join(TEMP.name, "cache")     # never the user's own
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"               # no pool of processes for a small graph
+signal.signal(signal.SIGINT, signal.default_int_handler)        # a shell's background jobs ignore Ctrl-C
 
 
 # ------------------------------------------------------------------------------------------------------------

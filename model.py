@@ -248,6 +248,7 @@ class Block(torch.nn.Module):
         self.proj = MPLayer(out_channels, out_channels, 1) if attention else None
 
     def forward(self, x, emb):
+        """x [N, in_channels, H, W], emb [N, emb_channels] -> [N, out_channels, H', W']."""
         x = resample(x, self.mode)
         if not self.decoder:
             if self.skip is not None:

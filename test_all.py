@@ -1120,8 +1120,10 @@ def test_a_checkpoint_of_another_version_is_refused_in_one_line(tmp_path, capsys
     content = _load(run)
     del content["settings"]
     torch.save(content, run / "checkpoint.pt")
+    before = (run / "checkpoint.pt").read_bytes()
     flags = f"{TINY} --guide none --out {run}"
     _one_line(capsys, train, flags, run / "checkpoint.pt", "it has no 'settings'")
+    assert (run / "checkpoint.pt").read_bytes() == before
 
 
 def test_a_start_that_is_refused_or_stopped_early_holds_nothing(tmp_path, monkeypatch):
@@ -1437,9 +1439,10 @@ def test_without_metrics_no_empty_line_is_printed(capsys, flags, number):
 
 
 def test_metrics_that_a_closed_terminal_loses_end_no_run(monkeypatch):
-    evaluation = mock.Mock(records=lambda *_: [dict(samples=4, l2=0.5)])
+    evaluation = mock.Mock(records=mock.Mock(return_value=[dict(samples=4, l2=0.5)]))
     monkeypatch.setattr(sys, "stdout", GoneTerminal())
     fid.Evaluation.print_metrics(evaluation, [], 1, 1.0)
+    assert evaluation.records.call_count == 1                   # it had a line to print
 
 
 def test_the_whole_pipeline_on_images(tmp_path, capsys):
@@ -2807,6 +2810,7 @@ def test_one_image_cannot_be_scored_and_the_way_out_is_said(tmp_path, capsys):
     flags = f"{SMALL} --data {path} --guide none --eval-samples 4 --steps 2 --out {tmp_path}/run"
     _one_line(capsys, train, flags, "one.npz", "--metrics none")
     train.main(f"{flags} --metrics none".split())
+    assert _records(tmp_path / "run", "eval")[0]["features"] == "none"
 
 
 def test_paths_may_begin_with_a_tilde(tmp_path, monkeypatch, capsys):

@@ -489,8 +489,13 @@ def refuse_data(c, typed, dataset):
             raise data.DataError(f"{c.data}: the latents are {c.shape}, and the UNet needs square latents "
                                  "whose side is a multiple of 8: encode images of another size")
         raise data.DataError(f"--size: the UNet needs square images of a multiple of 8 pixels, not {c.shape}")
-    if c.kind != "image" and c.flip:
-        raise data.DataError("--flip is for images")
+    if c.kind == "latent":
+        if c.flip:
+            raise data.DataError("--flip is for images")
+        for name in ("metrics", "prune_features"):
+            if getattr(c, name) not in ("pixels", "none"):
+                raise data.DataError(f"{flag(name)} {getattr(c, name)}: {c.data} holds latents, and this "
+                                     "network sees images only: give pixels")
     if c.targets == "exact":
         raise data.DataError("--targets exact is for the tree")
     if not c.classes:
@@ -540,7 +545,6 @@ def refuse(c, typed, dataset):
         raise data.DataError("--eta needs --class-weights dro")
     refuse_guides(c, typed)
     refuse_data(c, typed, dataset)
-
     refuse_sizes(c)
 
 

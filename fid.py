@@ -425,7 +425,7 @@ class Evaluation:
         return torch.cat(losses).mean().item()
 
     def write_picture(self, samples):
-        """Write samples.png: unguided and guided samples side by side, on the tree with the exact density."""
+        """Write samples.png: real examples, or the tree's density, beside unguided and guided samples."""
         c = self.c
         titles = ["unguided samples"]
         if len(samples) > 1:
@@ -434,10 +434,22 @@ class Evaluation:
             titles.insert(0, "exact density")
             pictures = [data.density_picture(density) for density in (self.dataset, *samples)]
         else:
+            titles.insert(0, "real examples")
             columns = min(c.classes or 10, 10)
-            pictures = [data.image_grid(x[:80], columns) for x in samples]
+            real = self.real_examples(min(c.eval_samples, 80))
+            pictures = [data.image_grid(x[:80], columns) for x in (real, *samples)]
         with data.writing(self.folder / "samples.png") as file:
             data.panels(pictures, titles).save(file, format="PNG")
+
+    def real_examples(self, n):
+        """n examples of the data [n, C, H, W], of the same classes as the first n samples."""
+        labels = torch.zeros(n, dtype=torch.int64)
+        if self.c.classes:
+            labels = data.classes_in_turn(self.c.class_shares, torch.arange(n))
+        members = data.indices_by_class(self.dataset.labels, len(self.dataset))
+        examples_of_class = [itertools.cycle(index.tolist()) for index in members]
+        index = torch.tensor([next(examples_of_class[label]) for label in labels.tolist()])
+        return self.dataset.x[data.put(index, self.dataset.x.device)].cpu()
 
 
 # ------------------------------------------------------------------------------------------------------------

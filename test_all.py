@@ -1431,6 +1431,19 @@ def test_every_run_is_evaluated_at_the_noise_levels_of_its_preset():
         assert (c.P_mean, c.P_std, c.eval_levels) == (0.5, 3, dict(P_mean=P_mean, P_std=P_std))
 
 
+def test_the_real_examples_in_the_picture_have_the_classes_of_the_samples():
+    labels = torch.tensor([0, 1, 1, 1, 1, 0, 1, 1])             # fewer examples than samples: they come again
+    dataset = data.Dataset(torch.arange(8).view(8, 1, 1, 1), labels, ("few", "many"))
+    c = argparse.Namespace(classes=2, class_shares=[0.25, 0.75])
+    real = fid.Evaluation.real_examples(mock.Mock(c=c, dataset=dataset), 16).flatten()
+    assert torch.equal(labels[real], data.classes_in_turn(c.class_shares, torch.arange(16)))
+    assert set(real.tolist()) == set(range(8))                  # not one example again and again
+    unlabelled = argparse.Namespace(classes=0, class_shares=[1.0])
+    dataset = data.Dataset(torch.arange(8).view(8, 1, 1, 1))
+    real = fid.Evaluation.real_examples(mock.Mock(c=unlabelled, dataset=dataset), 8)
+    assert torch.equal(real, dataset.x)
+
+
 @pytest.mark.parametrize("flags, number", [("", 0), ("--holdout 6", 1)])
 def test_without_metrics_no_empty_line_is_printed(capsys, flags, number):
     _train(SMALL, f"--data {_folder()}/d.npz --guide none --eval-samples 4 --metrics none", flags)
@@ -1452,7 +1465,8 @@ def test_the_whole_pipeline_on_images(tmp_path, capsys):
     unguided, guided = _records(run, "eval")
     assert {"FD(pixels)", "precision", "recall", "validation_loss"} <= set(unguided)
     assert (guided["guidance"], guided["features"], guided["samples"]) == (1.6, "pixels", 10)
-    assert min(Image.open(run / "samples.png").size) >= 4 * 48          # two grids of three columns
+    picture = Image.open(run / "samples.png")
+    assert picture.size == (3 * (3 * 48 + 8), 4 * 48 + 24)      # real, unguided, guided: three columns each
     capsys.readouterr()
     before = (run / "checkpoint.pt").read_bytes()
     _train(flags, "pixels", out=run)                            # all is there: nothing is done again

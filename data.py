@@ -438,6 +438,7 @@ def cache_folder():
 
 def _cache_name(source, size):
     """The name of the cached file: a hash of the source's path, its files' sizes and times, and `size`."""
+    source = source.resolve()
     if source.is_dir():
         names, _ = _without_runs(list(_walk(source)))
         files = sorted(source / name for name in names)
@@ -447,7 +448,7 @@ def _cache_name(source, size):
     for file in files:
         status = file.stat()
         stamps.append((str(file), status.st_size, status.st_mtime_ns))
-    key = repr((CACHE_VERSION, str(source.resolve()), size, stamps))
+    key = repr((CACHE_VERSION, str(source), size, stamps))
     return hashlib.sha256(key.encode()).hexdigest()[:32] + ".pt"
 
 

@@ -2254,6 +2254,8 @@ def test_sizes_fingerprint_and_cache(tmp_path, monkeypatch):
     assert np.array_equal(data.load(tmp_path / "b").x, DATA_X[[5, 1, 2, 3, 4, 5]])
     monkeypatch.setattr(data, "_read_images", None)             # a second reading would fail
     assert np.array_equal(data.load(tmp_path / "a").x, DATA_X)
+    monkeypatch.chdir(tmp_path)
+    assert np.array_equal(data.load("a").x, DATA_X)             # the same folder by another path
 
 
 def data_report(path, size=None):

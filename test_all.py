@@ -53,7 +53,7 @@ import train
 select = train.select
 HERE = Path(train.__file__).resolve().parent
 SLOW = bool(os.environ.get("SLOW_TESTS"))                       # long tests, off by default
-DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 TEMP = tempfile.TemporaryDirectory(prefix="tests-")             # deleted at the end
 os.environ["DATA_CACHE"] = os.path.join(TEMP.name, "cache")     # never the user's own
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"               # no pool of processes for a small graph
@@ -109,8 +109,8 @@ def _denoiser(c):
 
 
 def _batches(c, dataset=TREE, n=64, **more):
-    how = dict(device=c.device, flip=c.flip, targets=c.targets, P_mean=c.P_mean, P_std=c.P_std)
-    return data.Batches(dataset, n, c.seed, **how | more)
+    settings = dict(device=c.device, flip=c.flip, targets=c.targets, P_mean=c.P_mean, P_std=c.P_std)
+    return data.Batches(dataset, n, c.seed, **settings | more)
 
 
 def _train(*flags, out=None):
@@ -133,7 +133,8 @@ def _same_run(a, b):
     stages = [sorted(path.relative_to(run) for path in run.rglob("*.pt")) for run in (a, b)]
     assert stages[0] == stages[1] != []
     for stage in stages[0]:
-        one, two = (flatten(_load(run, stage))[0] for run in (a, b))
+        one = flatten(_load(a, stage))[0]
+        two = flatten(_load(b, stage))[0]
         assert len(one) == len(two)
         for (where, x), (_, y) in zip(one, two):
             same = torch.equal(x, y) if torch.is_tensor(x) else x == y
@@ -358,7 +359,8 @@ def test_a_training_step_reads_nothing_from_the_device(monkeypatch, tmp_path, fl
     flags = flags.replace("IMAGES", f"{_folder()}/d.npz --blocks 1")
     c = _settings(flags, "--channels 8 --batch 8 --filter 0.5 --guide", _folder() / "reference")
     dataset = data.load(c.data).to(meta) if c.data else data.Tree("A", meta)
-    [dataset._tensor(name) for name in getattr(dataset, "parameters", ())]   # constants are copied there once
+    for name in getattr(dataset, "parameters", ()):
+        dataset._tensor(name)                                   # constants are copied there once
     c.device = "meta"                                           # no fused Adam, autocast or generators there
     monkeypatch.setattr(torch.optim, "Adam", lambda params, lr, **_: torch.optim.SGD(params, lr))
     monkeypatch.setattr(model, "accelerate", lambda function, *options: function)
@@ -425,8 +427,8 @@ def test_the_reference_of_jest_is_the_current_ema_of_the_learner():
 
 def test_each_step_selects_with_random_numbers_of_its_own():
     _, jest, _ = _jest(_settings("--selector jest --batch 64"))
-    first, second, again = (jest.make_generator(step).initial_seed() for step in (3, 4, 3))
-    assert first == again != second
+    seeds = [jest.make_generator(step).initial_seed() for step in (3, 4, 3)]
+    assert seeds[0] == seeds[2] != seeds[1]
 
 
 def test_until_better_selects_until_the_learner_wins_at_a_log_line(monkeypatch):
@@ -437,8 +439,8 @@ def test_until_better_selects_until_the_learner_wins_at_a_log_line(monkeypatch):
         return self.super_batches[step].rows(slice(64)), torch.ones(64)
     monkeypatch.setattr(select.Jest, "__call__", seen)
     run = _train(TINY, "--selector jest --until-better --log-every 6")
-    found = [(r["selecting"], r["examples_drawn"]) for r in _records(run)]      # nobody looks at 3 and 7
-    assert found == [(True, 6 * 320), (False, 12 * 320), (False, 12 * 320 + 6 * 64), (False, 15 * 320 - 192)]
+    counts = [(r["selecting"], r["examples_drawn"]) for r in _records(run)]      # nobody looks at 3 and 7
+    assert counts == [(True, 6 * 320), (False, 12 * 320), (False, 12 * 320 + 6 * 64), (False, 15 * 320 - 192)]
 
 
 def test_after_early_selection_whole_super_batches_or_uniform_batches(monkeypatch):
@@ -453,8 +455,8 @@ def test_after_early_selection_whole_super_batches_or_uniform_batches(monkeypatc
         assert [len(batch[0]) for batch in seen] == [64] * 6 + [size] * 18
         drawn = _batches(_settings("--seed 3"), n=size)[23]     # the same whatever the arm
         assert all(torch.equal(a, b) for a, b in zip(seen[-1], drawn) if a is not None) and not seen.clear()
-        found = [(r["examples_drawn"], r["examples_trained"]) for r in _records(run)]
-        assert (found[0], found[-1]) == ((6 * 320, 6 * 64), (6 * 320 + 18 * size, 6 * 64 + 18 * size))
+        counts = [(r["examples_drawn"], r["examples_trained"]) for r in _records(run)]
+        assert (counts[0], counts[-1]) == ((6 * 320, 6 * 64), (6 * 320 + 18 * size, 6 * 64 + 18 * size))
 
 
 def test_the_choice_moves_sampled_targets_towards_the_guide():
@@ -838,7 +840,7 @@ def test_gradients_by_hand_for_every_target(W):
     weak = _randomized(model.build(train.model_config(c) | dict(channels=4)))
     batch, weight = _batches(c, data.load(c.data), 8)[0], torch.linspace(0.5, 1.5, 8)
     total, losses = train.make_objective(c, denoiser, weak if W != 1 else None)(*batch, weight)
-    found = torch.autograd.grad(total, list(denoiser.parameters()))
+    gradients = torch.autograd.grad(total, list(denoiser.parameters()))
     x, u = batch.x0 + batch.sigma.view(-1, 1, 1, 1) * batch.noise, denoiser.u(batch.sigma)
     D, target = denoiser(x, batch.sigma, batch.labels), batch.x0
     if W != 1:
@@ -846,8 +848,8 @@ def test_gradients_by_hand_for_every_target(W):
     plain = model.per_example_loss(D.detach(), batch.x0, batch.sigma)
     by_hand = model.per_example_loss(D, target, batch.sigma) / u.detach().exp() + plain / u.exp() + u
     by_hand = torch.autograd.grad((weight * by_hand).mean(), list(denoiser.parameters()))
-    assert all(torch.allclose(a, b, atol=1e-5, rtol=1e-3) for a, b in zip(found, by_hand))
-    assert torch.allclose(losses, plain, rtol=1e-5) and all(g.any() for g in found)
+    assert all(torch.allclose(a, b, atol=1e-5, rtol=1e-3) for a, b in zip(gradients, by_hand))
+    assert torch.allclose(losses, plain, rtol=1e-5) and all(g.any() for g in gradients)
 
 
 @pytest.mark.parametrize("W", [1.6, 3.0])
@@ -977,15 +979,15 @@ def test_resuming_is_bit_identical(tmp_path, monkeypatch, flags, device):
     monkeypatch.chdir(_folder())
     stops = (11, 18) if "--data" in flags else (5, 20, 30)      # in the proxy and the model
     flags = (SMALL if "--data" in flags else TINY) + f"{flags} --device {device} --no-compile --no-bf16"
-    whole, parts = _train(flags), tmp_path / "parts"
+    whole, interrupted = _train(flags), tmp_path / "parts"
     _interrupt(monkeypatch, *stops)
     for _ in stops:
         with pytest.raises(KeyboardInterrupt):
-            _train(flags, "--save-every 0", out=parts)
-    _train(flags.replace("d.npz", "moved.npz"), out=parts)      # the same examples, wherever they lie
+            _train(flags, "--save-every 0", out=interrupted)
+    _train(flags.replace("d.npz", "moved.npz"), out=interrupted)    # the same examples, wherever they lie
     if device == "cpu":
-        return _same_run(whole, parts)
-    pairs = zip(*(leaves(_load(run)["ema"]) for run in (whole, parts)))
+        return _same_run(whole, interrupted)
+    pairs = zip(*(leaves(_load(run)["ema"]) for run in (whole, interrupted)))
     assert all(torch.allclose(a, b, rtol=0, atol=1e-5) for a, b in pairs)
 
 
@@ -1186,8 +1188,8 @@ def test_the_snapshot_is_the_ema_of_its_step(W):
     whole = _train(TINY, "--guide-steps 9 --guided-targets", W)
     snapshot, stopped = _load(whole, "guide.pt"), _load(_train(TINY, "--guide none --steps 9"))
     for kind in "ema", "model":
-        parts = leaves(snapshot[kind]), leaves(stopped[kind])
-        assert all(map(torch.equal, *parts)) and len(parts[0]) == len(parts[1]) > 0
+        snapshots = leaves(snapshot[kind]), leaves(stopped[kind])
+        assert all(map(torch.equal, *snapshots)) and len(snapshots[0]) == len(snapshots[1]) > 0
     same = all(map(torch.equal, leaves(_load(whole)["model"]), leaves(_load(_train(TINY))["model"])))
     assert same == (W == 1)                                     # a snapshot alone changes nothing
 
@@ -1496,9 +1498,9 @@ def test_latents_train_prune_reweight_guide_and_sample(tmp_path):
     run = _train(SMALL, f"--data {tmp_path}/z.npz --selector ajest --keep 0.5 --class-weights dro",
                  "--eval-samples 6 --steps 3")
     assert "FD(pixels)" in _records(run, "eval")[0]
-    found, labels, _ = _sample(run, "--n", 4, "--steps", 12, out=tmp_path / "s.npz").values()
-    assert found.shape == (4, 4, 8, 8) and sorted(labels) == [0, 0, 0, 1]
-    assert abs(found.mean() - 2) < 1.5 and 2 < found.std() < 6  # of the data: 2 and 3.5
+    latents, labels, _ = _sample(run, "--n", 4, "--steps", 12, out=tmp_path / "s.npz").values()
+    assert latents.shape == (4, 4, 8, 8) and sorted(labels) == [0, 0, 0, 1]
+    assert abs(latents.mean() - 2) < 1.5 and 2 < latents.std() < 6      # of the data: 2 and 3.5
 
 
 @functools.cache
@@ -1708,36 +1710,39 @@ def _start(*flags, **env):
 @pytest.mark.parametrize("arm", ["--selector ajest --early-steps 90 --guided-targets 1.6"]
                          + ["--selector uniform", "--selector jest --targets sample"] * SLOW)
 def test_killed_at_random_moments_ends_in_the_same_bits(tmp_path, arm):
-    kills, steps, random_time = 20 if SLOW else 1, 2000 if SLOW else 150, random.Random(1)
-    flags, parts = f"{TINY} {arm} --steps {steps} --log-every 7", tmp_path / "parts"
-    saved, stamps = parts / "checkpoint.pt", [None]
+    kills = 20 if SLOW else 1
+    steps = 2000 if SLOW else 150
+    random_time = random.Random(1)
+    flags, killed = f"{TINY} {arm} --steps {steps} --log-every 7", tmp_path / "parts"
+    saved, stamps = killed / "checkpoint.pt", [None]
     for _ in range(kills):
-        process = _start("train.py", *flags.split(), "--save-every", "0", "--out", str(parts))
+        process = _start("train.py", *flags.split(), "--save-every", "0", "--out", str(killed))
         while process.poll() is None and (saved.exists() and saved.stat().st_mtime_ns or None) == stamps[-1]:
             time.sleep(0.01)
         time.sleep(random_time.uniform(0, 0.2))
         process.kill()
         process.communicate()
-        stamps += [saved.stat().st_mtime_ns] * (process.returncode != 0)        # 0: it was faster
+        if process.returncode != 0:                             # 0: it was faster than the kill
+            stamps.append(saved.stat().st_mtime_ns)
     assert len(stamps) > kills * 3 // 4
-    _same_run(_train(flags), _train(flags, out=parts))
+    _same_run(_train(flags), _train(flags, out=killed))
 
 
 def test_a_full_disk_keeps_the_checkpoint(tmp_path, monkeypatch, capsys):
-    flags, parts = TINY + "--guide none --save-every 0", tmp_path / "parts"
+    flags, stopped = TINY + "--guide none --save-every 0", tmp_path / "parts"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         _interrupt(patch, 15)
-        _train(flags, out=parts)
-    good, (soft, hard) = (parts / "checkpoint.pt").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+        _train(flags, out=stopped)
+    good, (soft, hard) = (stopped / "checkpoint.pt").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     for size in (0, 2900, len(good) // 2, len(good) - 1):
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-            _one_line(capsys, train, f"{flags} --out {parts}", parts)
+            _one_line(capsys, train, f"{flags} --out {stopped}", stopped)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        assert (parts / "checkpoint.pt").read_bytes() == good and _load(parts)["progress"]["step"] == 12
-    _same_run(_train(flags), _train(flags, out=parts))
-    assert sorted(os.listdir(parts)) == ["checkpoint.pt", "config.json", "log.jsonl"]
+        assert (stopped / "checkpoint.pt").read_bytes() == good and _load(stopped)["progress"]["step"] == 12
+    _same_run(_train(flags), _train(flags, out=stopped))
+    assert sorted(os.listdir(stopped)) == ["checkpoint.pt", "config.json", "log.jsonl"]
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
@@ -1753,15 +1758,17 @@ def test_two_processes_give_the_weights_of_one(tmp_path):
     code = ("import sys, torch, train; train.join('cpu'); train.join = lambda device: None; "     # one group
             "torch.distributed.destroy_process_group = train.barrier; "
             "[train.main(flags.split()) for flags in sys.argv[1:]]")
-    parts = [_start("-c", code, *runs, **env, RANK=rank, LOCAL_RANK=rank) for rank in "01"]     # as torchrun
-    errors = [part.communicate(timeout=300)[1] for part in parts]
-    assert all(part.returncode == 0 for part in parts), errors
+    # As torchrun starts them.
+    processes = [_start("-c", code, *runs, **env, RANK=rank, LOCAL_RANK=rank) for rank in "01"]
+    errors = [part.communicate(timeout=300)[1] for part in processes]
+    assert all(part.returncode == 0 for part in processes), errors
     for one, two in (_train(flags[0]), tmp_path / "0"), (_train(flags[1]), tmp_path / "1"):
         for a, b in zip(*(leaves([_load(run)[kind] for kind in ("model", "ema")]) for run in (one, two))):
             assert torch.allclose(a, b, rtol=0, atol=5e-5)     # small gradients differ by rounding
         for a, b in zip(_records(one), _records(two)):
             assert all(a[key] == b[key] for key in ("step", "examples_trained", "examples_drawn", "lr"))
-    a, b = (_load(run / "proxy")["dro"]["total"] for run in (one, two))
+    a = _load(one / "proxy")["dro"]["total"]
+    b = _load(two / "proxy")["dro"]["total"]
     assert torch.allclose(a, b, rtol=1e-3) and a.std() > 0.01
     assert _load(_train(flags[0], "--steps 24", out=two.with_name("0")))["progress"]["step"] == 24
     assert len(_records(tmp_path / "2", "eval")) == 2 and len(_records(tmp_path / "2")) == 1

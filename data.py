@@ -7,7 +7,6 @@ files, flags and programs stand at the end. To see what a data set holds without
     python -c "import data; print(*data.load('data/cifar10', size=16).report, sep='\\n')"
 """
 import argparse
-import collections
 import contextlib
 import functools
 import hashlib
@@ -16,44 +15,38 @@ import json
 import math
 import os
 import pickle
-import re
 import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
 import typing
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
-from PIL import features as pillow_features
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from model import SIGMA_DATA, per_example
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The 2-D toy density of the autoguidance paper: a tree of branches with eight Gaussians along each, drawn by
 # a recursion on one random stream. A Gaussian mixture has an exact density, score and denoiser at every noise
-# level, so that a trained model can be compared with the right answer.
+# level, so a trained model can be compared with the right answer.
 
 class Tree:
-    """A mixture in the plane: 127 branches of eight Gaussians per class. classes = "A", "B" or "AB"."""
+    """A mixture in the plane: class A of the paper, 127 branches of eight Gaussians each."""
     kind = "tree"
     shape = (2,)
-    classes = 0
     class_names = ()
 
-    def __init__(self, classes="A", device="cpu"):
-        random = np.random.RandomState(2)
-        branches = []
-        for name, angle in (("A", np.pi / 4), ("B", np.pi * 5 / 4)):
-            grown = _grow(random, np.array([0.0030, 0.0325]), angle)
-            if name in classes:                                 # B's draws follow A's, even without A
-                branches += grown
+    def __init__(self, device="cpu"):
+        self.device = torch.device(device)
+        branches = _grow(np.random.RandomState(2), np.array([0.0030, 0.0325]), np.pi / 4)
         weight = np.array([branch.weight for branch in branches])                       # [K]
         mean = np.stack([branch.mean for branch in branches])                           # [K, 8, 2]
         cov = np.stack([branch.cov for branch in branches])                             # [K, 2, 2]
@@ -61,32 +54,21 @@ class Tree:
         lam, axes = np.linalg.eigh(cov)                         # cov = axes diag(lam) axes^T
         middle = mean.mean(1)                                   # [K, 2]
         half = (mean[:, 7] - mean[:, 0]) / 2                    # [K, 2], from the middle to the last Gaussian
-        self.parameters = dict(                                 # float64; K branches, 8 K Gaussians
+        parameters = dict(                                      # float64; K branches, 8 K Gaussians
             cumulative=np.cumsum(weight.repeat(8)),
             mean=mean.reshape(-1, 2),
             root=(axes * np.sqrt(lam)[:, None, :]).repeat(8, 0),                        # [8 K, 2, 2]
-            axes=axes.transpose(2, 1, 0),                                               # [axis, dim, K]
-            lam=lam.T[:, None],                                                         # [axis, 1, K]
+            axes=axes.transpose(2, 1, 0).copy(),                                          # [axis, dim, K]
+            lam=lam.T[:, None].copy(),                                                  # [axis, 1, K]
             middle=np.einsum("kda,kd->ak", axes, middle)[:, None],                      # along the axes
             half=np.einsum("kda,kd->ak", axes, half)[:, None],
             log_weight=np.log(weight))
         self.fingerprint = hashlib.sha256(np.concatenate([mean.ravel(), cov.ravel()]).tobytes()).hexdigest()
-        self.report = [f"2-D tree, class {classes}: {mean.size // 2:,} Gaussians, fresh points every step"]
-        self.to(device)
-
-    def to(self, device):
-        """Compute on `device` from now on; returns self."""
-        self.device = torch.device(device)
-        self._tensors = {}
-        return self
-
-    def _tensor(self, name, dtype=torch.float32):
-        """A parameter as a tensor on the device, made once."""
-        key = (name, dtype)
-        if key not in self._tensors:
-            values = np.ascontiguousarray(self.parameters[name])
-            self._tensors[key] = torch.from_numpy(values).to(dtype).to(self.device)
-        return self._tensors[key]
+        self.report = [f"2-D tree: {8 * len(weight):,} Gaussians, fresh points every step"]
+        self.tensors = {}                                       # {dtype: {name: tensor}}
+        for dtype in (torch.float32, torch.float64):
+            self.tensors[dtype] = {
+                name: torch.tensor(value, dtype=dtype, device=device) for name, value in parameters.items()}
 
     def sample(self, n, generator=None):
         """n points of the density: float32 [n, 2].
@@ -94,13 +76,14 @@ class Tree:
         Each point takes three uniforms: one picks the Gaussian, two give normals by Box-Muller. On the CPU a
         larger draw therefore begins with the points of a smaller one.
         """
+        tensors = self.tensors[torch.float32]
         u = torch.rand(n, 3, generator=generator, device=self.device)                   # [n, 3]
-        index = torch.searchsorted(self._tensor("cumulative"), u[:, 0].contiguous(), right=True)
-        index = index.clamp(max=len(self.parameters["mean"]) - 1)                       # rounding at u = 1
+        index = torch.searchsorted(tensors["cumulative"], u[:, 0].contiguous(), right=True)
+        index = index.clamp(max=len(tensors["mean"]) - 1)                               # rounding at u = 1
         radius = (-2 * torch.log1p(-u[:, 1])).sqrt()
         angle = 2 * math.pi * u[:, 2]
         z = radius[:, None] * torch.stack([angle.cos(), angle.sin()], dim=1)            # [n, 2] normal
-        return self._tensor("mean")[index] + (self._tensor("root")[index] * z[:, None, :]).sum(2)
+        return tensors["mean"][index] + (tensors["root"][index] * z[:, None, :]).sum(2)
 
     def _evaluate(self, x, sigma):
         """Log-density [n] and its gradient [n, 2] at x [n, 2]; sigma is a number or [n]."""
@@ -124,13 +107,14 @@ class Tree:
         They lie at middle + tau half, tau = -1 ... 1, so their exponents are base + B tau - C tau^2 / 2 with
         three coefficients per branch, and one matrix product with `powers` [8, 3] gives them all.
         """
-        axes = self._tensor("axes", x.dtype)
-        half = self._tensor("half", x.dtype)
-        a = x @ axes - self._tensor("middle", x.dtype)                                  # [axis, n, K]
-        precision = (self._tensor("lam", x.dtype) + square).reciprocal()                # [axis, n, K]
+        tensors = self.tensors[x.dtype]
+        axes = tensors["axes"]
+        half = tensors["half"]
+        a = x @ axes - tensors["middle"]                                                # [axis, n, K]
+        precision = (tensors["lam"] + square).reciprocal()                              # [axis, n, K]
         pull = precision * a
         slope = precision * half
-        base = self._tensor("log_weight", x.dtype) + 0.5 * (precision.prod(0).log() - (pull * a).sum(0))
+        base = tensors["log_weight"] + 0.5 * (precision.prod(0).log() - (pull * a).sum(0))
         base_B_C = torch.stack([base, (pull * half).sum(0), (slope * half).sum(0)])
         exponent = (powers / math.log(2) @ base_B_C.flatten(1)).view(8, *base.shape)    # [8, n, K], base 2
         most = exponent.amax(0).amax(1, keepdim=True)                                   # [n, 1]
@@ -206,10 +190,6 @@ class Dataset:
     def shape(self):
         return tuple(self.x.shape[1:])
 
-    @property
-    def classes(self):
-        return len(self.class_names)
-
     def take(self, index, device="cpu"):
         """The examples at `index` (on the host) as the network sees them: float32 [n, C, H, W]."""
         rows = self.x[put(index, self.x.device)]
@@ -233,20 +213,22 @@ def put(tensor, device):
 
 
 def scale(x, mean, std):
-    """Raw examples [n, C, H, W] -> float32 (x - mean) / std * 0.5: pixels in [-1, 1], latents of std 0.5."""
+    """Raw examples [n, C, H, W] -> float32 (x - mean) / std * SIGMA_DATA, so pixels are in [-1, 1]."""
     center = torch.tensor(mean).view(-1, 1, 1)
-    factor = 0.5 / torch.tensor(std).view(-1, 1, 1)
+    factor = SIGMA_DATA / torch.tensor(std).view(-1, 1, 1)
     return (x.float() - put(center, x.device)) * put(factor, x.device)
 
 
 def unscale(x, config):
     """The inverse of `scale` for samples x [n, ...] of a denoiser with this configuration: uint8 images, raw
-    latents, or the points themselves."""
+    latents, or the points themselves. Raises DataError for samples that are not finite."""
+    if not x.isfinite().all():
+        raise DataError("samples that are not finite: the network overflows, or its training has diverged")
     if config["kind"] == "tree":
         return x
     mean = torch.tensor(config["mean"]).reshape(-1, 1, 1).to(x.device)
     std = torch.tensor(config["std"]).reshape(-1, 1, 1).to(x.device)
-    raw = x.float() * 2 * std + mean
+    raw = x.float() / SIGMA_DATA * std + mean
     if config["kind"] == "image":
         return raw.round().clip(0, 255).to(torch.uint8)
     return raw
@@ -285,36 +267,24 @@ class Batch(typing.NamedTuple):
         return Batch(*(None if tensor is None else tensor[index] for tensor in self))
 
 
+@dataclass
 class Batches:
     """batches[step] is the Batch of a step; batches.of(index, step) is that of the examples at `index`."""
+    dataset: Dataset | Tree
+    n: int                                      # examples per batch
+    seed: int
+    device: str = "cpu"                         # where the batch is wanted
+    examples: torch.Tensor = None               # indices [M] of the examples to draw from; None = all
+    flip: bool = False                          # mirror half of the images, as classes of their own
+    targets: str = "sample"                     # "sample" = x0; "exact" = E[x0 | x], which the tree knows
+    P_mean: float = -1.2                        # of ln sigma
+    P_std: float = 1.2
+    rows: slice = ...                           # rows of the batch that this process works on; ... = all
+    purpose: str = ""                           # prefix of the names of the random streams
 
-    def __init__(
-        self,
-        dataset,                # Dataset or Tree, moved to its device beforehand
-        n,                      # examples per batch
-        seed,                   # integer
-        device="cpu",           # on which the batch is wanted
-        examples=None,          # indices [M] of the examples to draw from; None = all
-        flip=False,             # mirror half of the images, as classes of their own
-        targets="sample",       # "sample" = x0 itself; "exact" = E[x0 | x], which the tree knows
-        P_mean=-1.2,            # of ln sigma
-        P_std=1.2,
-        rows=slice(None),       # rows of the batch that this process works on
-        purpose="",             # starts the names of the streams: "validation-" shares no noise with training
-    ):
-        self.dataset = dataset
-        self.n = n
-        self.seed = seed
-        self.device = torch.device(device)
-        self.flip = flip
-        self.targets = targets
-        self.P_mean = P_mean
-        self.P_std = P_std
-        self.rows = rows
-        self.purpose = purpose
-        self.examples = examples
-        if examples is None and dataset.kind != "tree":
-            self.examples = torch.arange(len(dataset))
+    def __post_init__(self):
+        if self.examples is None and self.dataset.kind != "tree":
+            self.examples = torch.arange(len(self.dataset))
 
     def __getitem__(self, step):
         """The Batch of this step, drawn with replacement."""
@@ -333,7 +303,7 @@ class Batches:
             labels = self.dataset.labels[wanted]
         if self.flip:
             mirrored = torch.randint(2, (self.n,), generator=self._stream(step, "flip"))[self.rows]     # 0, 1
-            labels = mirrored if labels is None else labels + mirrored * self.dataset.classes
+            labels = mirrored if labels is None else labels + mirrored * len(self.dataset.class_names)
             x0 = torch.where(per_example(put(mirrored, self.device), x0) == 1, x0.flip(3), x0)
         if labels is not None:
             labels = put(labels, self.device)
@@ -352,12 +322,6 @@ class Batches:
 
     def _stream(self, step, name, device="cpu"):
         return stream(self.seed, step, self.purpose + name, device)
-
-
-def per_example(v, like):
-    """v [n] as [n, 1, ...] with as many dimensions as `like`, so that it multiplies whole examples."""
-    ones = (1,) * (like.ndim - 1)
-    return v.reshape(-1, *ones)
 
 
 def micro_batches(n, size):
@@ -390,401 +354,180 @@ def classes_in_turn(shares, index):
 
 # ------------------------------------------------------------------------------------------------------------
 # Loading. Every source becomes one array in the cache folder, which later runs map into memory. Nothing is
-# guessed: ambiguous data is refused.
+# guessed: ambiguous data is refused, and the report says what was read and what was left out.
 
-CACHE_VERSION = 6                               # to be raised when the cached content changes
-CACHE_ADVICE = "set DATA_CACHE to a folder that can be written"
+CACHE_VERSION = 7                               # to be raised when the cached content changes
 IMAGES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-if "avif" in pillow_features.modules and pillow_features.check("avif"):
-    IMAGES += (".avif",)
-NOTES = {".txt", ".md", ".json", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".html", ".log", ".py", ".db",
-         ".ini", ".sh", ".pdf"}                 # a folder that holds only these is not a class
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "unlabeled", "unlabelled"}
-CIFAR_BATCHES = [f"data_batch_{i}" for i in range(1, 6)]
+CIFAR_BATCHES = {f"data_batch_{i}" for i in range(1, 6)}
 CIFAR_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 
 
 def load(source, size=None):
     """The images or latents at `source` as a Dataset. Raises DataError if they cannot be read.
 
-    source  a folder or .zip with one sub-folder a class (or none: unlabelled), the same with EDM's
+    source  a folder or .zip of images (unlabelled) or with one sub-folder for each class, the same with EDM's
             dataset.json on top, the folder cifar-10-batches-py, or an .npz with `images` uint8 [N, 3, H, W]
             or [N, H, W, 3], or `latents` float [N, C, H, W] (with optional `mean`, `std` [C]), and optional
             `labels` [N] and `class_names` [K]
     size    center-crop to a square and resize (Lanczos) to this many pixels; None = as they are
     """
     source = Path(source)
-    folder = cache_folder()
     with reading(source, "a data set"):
-        cached = folder / _cache_name(source, size)
-    remove_leftovers(folder)
-    if not os.path.exists(cached):
-        require_writable(cached, CACHE_ADVICE)
+        cached = cache_folder() / _cache_name(source.resolve(), size)
+    if not cached.exists():
+        require_writable(cached)
         with reading(source, "a data set"):
             dataset = _read(source, size)
         with writing(cached) as file:
             torch.save(vars(dataset), file)
     with reading(cached, "a cached data set (delete it)"):
-        return Dataset(**_load_mapped(cached))
+        return Dataset(**torch.load(cached, mmap=True, weights_only=True))
 
 
 def cache_folder():
     """The folder of cached data sets and features: $DATA_CACHE, else ~/.cache/data-curation."""
-    with reading("~", "a home folder for the cache (set DATA_CACHE)"):
-        if os.environ.get("DATA_CACHE"):
-            return Path(os.environ["DATA_CACHE"]).expanduser()
-        return Path.home() / ".cache" / "data-curation"
+    return Path(os.environ.get("DATA_CACHE") or "~/.cache/data-curation").expanduser()
 
 
 def _cache_name(source, size):
-    """The name of the cached file: a hash of the source's path, its files' sizes and times, and `size`."""
-    source = source.resolve()
-    if source.is_dir():
-        names, _ = _without_runs(list(_walk(source)))
-        files = sorted(source / name for name in names)
-    else:
-        files = [source]
-    stamps = []
-    for file in files:
-        status = file.stat()
-        stamps.append((str(file), status.st_size, status.st_mtime_ns))
+    """The name of the cached file: a hash of the paths, sizes and times of the source's files, and `size`."""
+    files = list(_walk(source)) if source.is_dir() else [source]
+    stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     key = repr((CACHE_VERSION, str(source), size, stamps))
     return hashlib.sha256(key.encode()).hexdigest()[:32] + ".pt"
-
-
-def _load_mapped(cached):
-    """The dictionary in a cached file, with its array mapped into memory. Changes do not reach the file."""
-    try:
-        str(cached).encode()
-    except UnicodeEncodeError:                                  # torch maps only files with UTF-8 names
-        with open(cached, "rb") as file:
-            return torch.load(file, weights_only=True)
-    return torch.load(cached, mmap=True, weights_only=True)
 
 
 def _read(source, size):
     """The Dataset at `source`, read without the cache. Any exception means that it is not a data set."""
     if source.suffix.lower() == ".npz":
         return _read_npz(source, size)
-    members, runs = _members(source)
-    cifar_files = [name for name in sorted(members) if _base_name(name) in CIFAR_BATCHES]
-    if cifar_files:
-        dataset = _read_cifar(members, cifar_files, size)
-    else:
-        dataset = _read_images(members, size)
-    if runs:
-        dataset.report.append(f"{runs:,} folders of runs left out")
-    return dataset
-
-
-def _make_dataset(x, labels, class_names=None, report=(), **settings):
-    """The Dataset of arrays x [N, C, H, W] and labels [N] or None. Its classes are the labels that occur, in
-    order; `class_names` [K] are those of labels 0 ... K - 1 (None: their numbers)."""
-    x = np.ascontiguousarray(x)
-    dataset = Dataset(torch.from_numpy(x), **settings)
-    classes = "no labels"
-    if labels is not None:
-        present, numbers, counts = _count_labels(np.asarray(labels), len(x), class_names)
-        dataset.class_names = [class_names[label] if class_names else str(label) for label in present]
-        dataset.labels = torch.from_numpy(numbers.astype(np.int64))
-        first = ", ".join(dataset.class_names[:10])
-        classes = f"{len(present):,} classes of {counts.min():,} to {counts.max():,}: {first}"
-        if len(present) > 10:
-            classes += ", ..."
-    c, h, w = x.shape[1:]
-    dataset.report = [f"{len(x):,} {dataset.kind}s of {c}x{h}x{w}", classes, *report]
-    values = (x.shape, dataset.kind, dataset.class_names, dataset.mean, dataset.std)
-    digest = hashlib.sha256(repr(values).encode())
-    digest.update(x)
-    if labels is not None:
-        digest.update(dataset.labels.numpy())
-    dataset.fingerprint = digest.hexdigest()
-    return dataset
-
-
-def _count_labels(labels, n, class_names):
-    """-> (the labels that occur, the position of each example's label among them [n], their counts)."""
-    if labels.shape != (n,) or labels.dtype.kind not in "iu" or labels.min() < 0:
-        raise ValueError(f"`labels` is {labels.dtype} {list(labels.shape)}, wanted numbers from 0 on [{n}]")
-    if class_names and labels.max() >= len(class_names):
-        raise ValueError(f"label {labels.max()}, but there are {len(class_names)} class names")
-    return np.unique(labels, return_inverse=True, return_counts=True)
+    members = _members(source)
+    base_names = [PurePosixPath(name).name for name in members]
+    if "checkpoint.pt" in base_names:
+        raise ValueError("it holds the folder of a run (checkpoint.pt): move the runs elsewhere")
+    if CIFAR_BATCHES.intersection(base_names):
+        return _read_cifar(members, size)
+    return _read_images(members, size)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The files of a folder or a zip, as one dictionary {name with slashes: function that returns the bytes}.
-# Hidden entries and the folders of runs are left out.
+# Hidden entries are left out.
 
 def _members(source):
-    """-> (the members, how many folders of runs were left out)."""
-    if source.is_dir():
-        members = {name: (source / name).read_bytes for name in _walk(source)}
-    else:
-        members = _zip_members(source)
-    names, runs = _without_runs(members)
-    return {name: members[name] for name in names}, runs
-
-
-def _walk(folder, prefix="", above=()):
-    """Yield the names of all files below a folder, following links. `above` identifies the folders on the way
-    from the top, so that a link to one of them is an error and not an endless walk."""
-    status = os.stat(folder)
-    identity = (status.st_dev, status.st_ino)
-    if identity in above:
-        raise ValueError(f"{prefix} leads back to a folder above it by symbolic links")
-    with os.scandir(folder) as entries:
-        visible = [entry for entry in entries if not _is_hidden(entry.name)]
-    visible.sort(key=lambda entry: entry.name)
-    for entry in visible:
-        if entry.is_dir():
-            yield from _walk(entry.path, f"{prefix}{entry.name}/", (*above, identity))
-        else:
-            yield prefix + entry.name
-
-
-def _zip_members(source):
-    """{name: function that returns the bytes} of the files in a zip."""
-    archive = zipfile.ZipFile(source)
+    """{name: function that returns the bytes} of the files in a folder or a zip."""
     members = {}
+    if source.is_dir():
+        for file in _walk(source):
+            members[file.relative_to(source).as_posix()] = file.read_bytes
+        return members
+    archive = zipfile.ZipFile(source)
     for info in archive.infolist():
-        name = _zip_name(info)
-        steps = [step for step in name.split("/") if step not in ("", ".")]
-        if name.endswith("/") or any(_is_hidden(step) for step in steps):
+        path = PurePosixPath(info.filename.replace("\\", "/"))
+        if info.filename.endswith(("/", "\\")) or any(_is_hidden(step) for step in path.parts):
             continue
-        name = "/".join(steps)
-        if name in members:
-            raise ValueError(f"{name} is in it twice, as if it had been appended to: pack it anew")
-        members[name] = functools.partial(archive.read, info)
+        if str(path) in members:
+            raise ValueError(f"{path} is in it twice, as if it had been appended to: pack it anew")
+        members[str(path)] = functools.partial(archive.read, info)
     return members
 
 
-def _zip_name(info):
-    """The name of a zip's entry, with slashes. Finder and 7-Zip write UTF-8 without setting its flag, and
-    Python then takes it for code page 437."""
-    name = info.filename
-    if not info.flag_bits & 0x800:
-        with contextlib.suppress(UnicodeError):                 # it is not UTF-8
-            name = name.encode("cp437").decode("utf-8")
-    return name.replace("\\", "/")
-
-
-def _without_runs(names):
-    """-> (the names outside of run folders, how many run folders there are). A run folder holds a
-    checkpoint.pt, or has a guide or proxy folder that does, before the run's own first checkpoint."""
-    runs = set()
-    for name in names:
-        folder, _, file = name.rpartition("/")
-        if file == "checkpoint.pt":
-            if _base_name(folder) in ("guide", "proxy"):
-                folder = folder.rpartition("/")[0]
-            runs.add(folder)
-    if "" in runs:
-        raise ValueError("it is the folder of a run (checkpoint.pt)")
-    if runs:
-        names = [name for name in names if runs.isdisjoint(_folders_of(name))]
-    return list(names), len(runs)
-
-
-def _folders_of(name):
-    """["a", "a/b"] for "a/b/c.png"."""
-    steps = name.split("/")
-    return ["/".join(steps[:depth]) for depth in range(1, len(steps))]
-
-
-def _base_name(name):
-    return name.rpartition("/")[2]
+def _walk(folder, above=()):
+    """Yield all files below a folder in the order of their names, following links. `above` are the folders on
+    the way, so a link to one of them is an error and not an endless walk."""
+    place = folder.resolve()
+    if place in above:
+        raise ValueError(f"{folder} leads back to a folder above it by symbolic links")
+    for entry in sorted(folder.iterdir()):
+        if _is_hidden(entry.name):
+            continue
+        if entry.is_dir():
+            yield from _walk(entry, (*above, place))
+        else:
+            yield entry
 
 
 def _is_hidden(name):
     return name.startswith((".", "@")) or name == "__MACOSX"
 
 
-def _count_suffixes(names):
-    """"3 .txt, 1 .md": the five most frequent suffixes among names of files."""
-    suffixes = [os.path.splitext(name)[1].lower() or "without a suffix" for name in names]
-    counts = collections.Counter(sorted(suffixes)).most_common()
-    words = ", ".join(f"{count:,} {suffix}" for suffix, count in counts[:5])
-    return words + ", ..." if len(counts) > 5 else words
-
-
 # ------------------------------------------------------------------------------------------------------------
-# Images in a folder or a zip, labelled by EDM's dataset.json or by their folders. Every file is read, or
-# counted in the report, or causes an error.
+# Images in a folder or a zip. The folders that all images share are stripped. After that every image lies in
+# a folder, and the first one is its class, or none does. EDM's dataset.json replaces these classes.
 
 def _read_images(members, size):
     """The Dataset of the images among the members."""
     images = sorted(name for name in members if name.lower().endswith(IMAGES))
-    others = sorted(name for name in members if not name.lower().endswith(IMAGES))
-    listings = [name for name in others if _base_name(name) == "dataset.json"]
+    others = sorted(set(members) - set(images))
+    suffixes = sorted({PurePosixPath(name).suffix for name in others})
+    report = [f"{len(others):,} other files left out ({', '.join(suffixes[:10])})"] if others else []
     if not images:
-        left_out = f", but {_count_suffixes(others)}" if others else ""
-        raise ValueError(f"it holds 0 images ({', '.join(IMAGES)}){left_out}")
-    if len(listings) > 1:
-        raise ValueError(f"it holds {len(listings)} dataset.json: give a folder with one")
-    top = os.path.commonpath([os.path.dirname(name) for name in images + listings])     # shared by all
-    below = {name: name[len(top):].lstrip("/") for name in images}                      # paths below `top`
+        raise ValueError(f"it holds no images ({' '.join(IMAGES)}); {' '.join(report)}")
+    class_names = None
+    listings = [name for name in others if PurePosixPath(name).name == "dataset.json"]
     if listings:
-        if os.path.dirname(listings[0]) != top:
-            raise ValueError(f"{listings[0]} does not lie on top of all images")
-        label_of = _labels_by_listing(json.loads(members[listings[0]]()), below)
-        class_names = None
+        label_of = _labels_by_listing(members, listings[0], images)
     else:
-        folder_of = _first_folders(below)
-        _refuse_lost_folders(images, others, top, is_labelled=folder_of[images[0]] is not None)
-        class_names = sorted(set(folder_of.values()) - {None})
-        label_of = dict.fromkeys(images)
-        for name, folder in folder_of.items():
-            if folder is not None:
-                label_of[name] = class_names.index(folder)
-    order = sorted(images, key=lambda name: (label_of[name] or 0, name))
-    labels = None
-    if label_of[order[0]] is not None:
-        labels = [label_of[name] for name in order]
-    x, remarks = _decode_all({name: members[name] for name in order}, size)
-    report = []
-    if others:
-        report.append(f"{len(others):,} other files left out ({_count_suffixes(others)})")
-    return _make_dataset(x, labels, class_names, report + remarks)
+        class_names, label_of = _labels_by_folder(images, others)
+    images.sort(key=lambda name: (label_of[name], name))
+    labels = [label_of[name] for name in images]
+    if labels[0] is None:
+        labels = None
+
+    def decode(name):
+        return _decode(name, members[name], size)
+
+    with (ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,              # Pillow releases the lock
+          contextlib.closing(pool.map(decode, images)) as pictures):            # an error cancels the rest
+        x = _stack(pictures, len(images))
+    return _make_dataset(x, labels, class_names, report)
 
 
-def _first_folders(below):
-    """{name: the first folder of its path below `top`, None if there is none}. ValueError for folders that
-    look like splits and for images beside folders."""
-    folders = {name: rest.split("/")[:-1] for name, rest in below.items()}
-    splits = {}                                                 # {parent: split-like folders in it}
-    for steps in folders.values():
-        for depth, step in enumerate(steps):
-            if step.lower() in SPLITS:
-                splits.setdefault("/".join(steps[:depth]), set()).add(step)
-    for parent, names in splits.items():
-        if len(names) > 1:
-            where = f" in {parent}" if parent else ""
-            raise ValueError(f"{', '.join(sorted(names))}{where} look like splits, not like classes: "
-                             "give one of these folders")
-    if any(folders.values()) and not all(folders.values()):
-        raise ValueError("images lie both beside and inside of class folders")
-    return {name: steps[0] if steps else None for name, steps in folders.items()}
-
-
-def _refuse_lost_folders(images, others, top, is_labelled):
-    """ValueError for a class folder without an image that can be read.
-
-    `top` is the folder that all images share. Labelled images lie in class folders in it. Otherwise they lie
-    in `top` itself, which may be the only class folder that is left: lost ones would lie beside it.
-    """
-    if is_labelled:
-        parent = top
-    elif top:
-        parent = os.path.dirname(top)
-    else:
-        return                                                  # images without any folder
-    prefix = f"{parent}/" if parent else ""
-    folders_read = {name[len(prefix):].partition("/")[0] for name in images}
-    lost = {}                                                   # {folder: its files}
+def _labels_by_folder(images, others):
+    """-> (class names, {name: class number}); for images without folders the numbers are None."""
+    top = os.path.commonpath([os.path.dirname(name) for name in images])
+    folders_of = {name: PurePosixPath(name).relative_to(top).parts[:-1] for name in images}
+    classes = sorted({folders[0] for folders in folders_of.values() if folders})
+    splits = [folder for folder in classes if folder.lower() in SPLITS]
+    if len(splits) > 1:
+        raise ValueError(f"{', '.join(splits)} look like splits, not like classes: give one of these folders")
+    with_images = {folder for name in images for folder in PurePosixPath(name).parents}
     for name in others:
-        folder, slash, _ = name.removeprefix(prefix).partition("/")
-        is_note = os.path.splitext(name)[1].lower() in NOTES
-        if name.startswith(prefix) and slash and folder not in folders_read and not is_note:
-            lost.setdefault(folder, []).append(name)
-    if lost:
-        folder = min(lost)
-        raise ValueError(f"the folder {folder} holds no image that can be read "
-                         f"({_count_suffixes(lost[folder])}): convert its files, or move it elsewhere")
+        if PurePosixPath(name).parent not in with_images:       # a class whose files have unknown suffixes
+            raise ValueError(f"the folder of {name} holds no image: convert its files, or move it elsewhere")
+    if not classes:
+        return None, dict.fromkeys(images)
+    for name in images:
+        if not folders_of[name]:
+            raise ValueError(f"{name} lies beside class folders: put all images into class folders, or none")
+    return classes, {name: classes.index(folders[0]) for name, folders in folders_of.items()}
 
 
-def _labels_by_listing(listing, below):
-    """{name: class number or None} by EDM's dataset.json: {"labels": [["00000/img00000000.png", 3], ...]}, or
-    null for no labels."""
-    if listing["labels"] is None:
-        return dict.fromkeys(below)
-    listed = {name.replace("\\", "/"): label for name, label in listing["labels"]}
-    not_listed = sorted(set(below.values()) - set(listed))
-    missing = sorted(set(listed) - set(below.values()))
-    if not_listed:
-        raise ValueError(f"{not_listed[0]} is not listed (dataset.json)")
-    if missing:
-        raise ValueError(f"{missing[0]} is missing (dataset.json)")
-    for name, label in listed.items():
-        if type(label) is not int or label < 0:
-            raise ValueError(f"{name} has the label {label}, wanted a class number (dataset.json)")
-    return {name: listed[rest] for name, rest in below.items()}
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Decoding. Pillow refuses PNG files with more than 1 MiB of compressed text, though their pixels are whole.
-# The limits are raised but not lifted, since a hostile file can expand to any size.
-
-PngImagePlugin.MAX_TEXT_CHUNK = 2 ** 27
-PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 28
-
-
-class _Picture(typing.NamedTuple):
-    pixels: np.ndarray                          # uint8 [3, H, W]
-    frames_left_out: int                        # of a TIFF, GIF, WebP or PNG with several
-    is_enlarged: bool
-
-
-def _decode_all(readers, size):
-    """-> (uint8 [N, 3, H, W], remarks for the report) of the members `readers`, decoded by threads, since
-    Pillow releases Python's lock."""
-    names = list(readers)
-    x = None
-    frames = []                                                 # left out, of each file that has several
-    enlarged = 0
-
-    def decode_name(name):
-        return _decode(name, readers[name], size)
-
-    with (ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
-          contextlib.closing(pool.map(decode_name, names)) as pictures):        # an error cancels the rest
-        for i, picture in enumerate(pictures):
-            if x is None:
-                x = np.empty((len(names), *picture.pixels.shape), np.uint8)
-            if picture.pixels.shape != x.shape[1:]:
-                raise ValueError(f"sizes differ, give --size: {names[0]}, {names[i]}")
-            x[i] = picture.pixels
-            if picture.frames_left_out > 0:
-                frames.append(picture.frames_left_out)
-            if picture.is_enlarged:
-                enlarged += 1
-            if len(names) > 10_000:
-                progress(f"reading images: {i + 1:,} of {len(names):,}", last=i + 1 == len(names))
-    remarks = []
-    if frames:
-        remarks.append(f"{sum(frames):,} frames left out: only the first is read of {len(frames):,} files "
-                       "with several")
-    if enlarged:
-        remarks.append(_enlarged(enlarged, size))
-    return x, remarks
-
-
-def _enlarged(count, size):
-    return f"{count:,} images smaller than {size} pixels were enlarged"
+def _labels_by_listing(members, listing, images):
+    """{name: class number or None} by EDM's dataset.json, the member `listing`, which lists the names below
+    its own folder: {"labels": [["00000/img00000000.png", 3], ...]}, or null for no labels."""
+    labels = json.loads(members[listing]())["labels"]
+    if labels is None:
+        return dict.fromkeys(images)
+    top = PurePosixPath(listing).parent
+    label_of = {str(top / name.replace("\\", "/")): label for name, label in labels}
+    different = sorted(label_of.keys() ^ set(images))
+    if different:
+        raise ValueError(f"{different[0]} is missing, or not listed in dataset.json")
+    return label_of
 
 
 def _decode(name, read, size):
-    """One file as a _Picture: turned upright by EXIF, transparency on white, 16-bit gray to 8 bits."""
-    try:
-        image = Image.open(io.BytesIO(read()))
-        frames = getattr(image, "n_frames", 1)
-        if image.format == "MPO":                               # a phone's photo with its preview or depth
-            frames = 1
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16"):
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        if image.mode in ("I", "F"):
-            raise ValueError(f"pixels of mode {image.mode} have no known range, give 8 or 16 bits")
+    """One image file as uint8 [3, H, W], turned upright by EXIF, transparency on white."""
+    with reading(name, "an image"):
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(read())))
+        if image.mode[0] in "IF":                               # Pillow would clip them at 255
+            raise ValueError("convert it to 8 bits a channel")
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        is_enlarged = size is not None and min(image.size) < size
-        return _Picture(_resize(image.convert("RGB"), size), frames - 1, is_enlarged)
-    except UnidentifiedImageError:
-        raise ValueError(f"{name}: cannot identify image file") from None
-    except (NameError, ImportError):                            # no file causes these
-        raise
-    except Exception as error:                                  # Pillow's decoders raise all kinds
-        raise ValueError(f"{name}: {error}") from None
+        return _resize(image.convert("RGB"), size)
 
 
 def _resize(image, size):
@@ -798,14 +541,18 @@ def _resize(image, size):
     return np.asarray(image).transpose(2, 0, 1)
 
 
-def _resize_all(x, size):
-    """-> (`_resize` of an array uint8 [N, 3, H, W], remarks for the report)."""
-    if size is None or x.shape[2:] == (size, size):
-        return x, []
-    resized = np.stack([_resize(Image.fromarray(image), size) for image in x.transpose(0, 2, 3, 1)])
-    if min(x.shape[2:]) < size:
-        return resized, [_enlarged(len(x), size)]
-    return resized, []
+def _stack(pictures, n):
+    """uint8 [n, 3, H, W] of n pictures [3, H, W], in one array that is allocated once."""
+    x = None
+    for i, picture in enumerate(pictures):
+        if x is None:
+            x = np.empty((n, *picture.shape), np.uint8)
+        if picture.shape != x.shape[1:]:
+            raise ValueError(f"images of {list(x.shape[1:])} and {list(picture.shape)}: give --size")
+        x[i] = picture
+        if n > 10_000:
+            progress(f"reading images: {i + 1:,} of {n:,}", last=i + 1 == n)
+    return x
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -824,8 +571,9 @@ class _Unpickler(pickle.Unpickler):
         raise ValueError(f"refused, it wants to run {module}.{name}")
 
 
-def _read_cifar(members, names, size):
-    """The Dataset of the five training batches, the members with these names."""
+def _read_cifar(members, size):
+    """The Dataset of the five training batches among the members."""
+    names = [name for name in sorted(members) if PurePosixPath(name).name in CIFAR_BATCHES]
     if len(names) != 5:
         raise ValueError(f"{len(names)} of CIFAR-10's 5 training batches: give a folder with each once")
     images = []
@@ -834,11 +582,8 @@ def _read_cifar(members, names, size):
         batch = _Unpickler(io.BytesIO(members[name]()), encoding="bytes").load()
         images.append(batch[b"data"])
         labels.append(batch[b"labels"])
-    x = np.concatenate(images)
-    if x.dtype != np.uint8:
-        raise ValueError(f"CIFAR-10's data is {x.dtype}, wanted uint8")
-    x, remarks = _resize_all(x.reshape(-1, 3, 32, 32), size)
-    report = [f"CIFAR-10's 5 training batches, {len(members) - 5} other files left out", *remarks]
+    x = _resize_all(np.concatenate(images).reshape(-1, 3, 32, 32), size)
+    report = [f"CIFAR-10's 5 training batches, {len(members) - 5} other files left out"]
     return _make_dataset(x, np.concatenate(labels), CIFAR_CLASSES, report)
 
 
@@ -854,52 +599,70 @@ def _read_npz(source, size):
         raise ValueError("it has neither `images` nor `latents`")
     labels = arrays.get("labels")
     class_names = arrays.get("class_names")
-    if class_names is not None:
-        is_text = class_names.ndim == 1 and class_names.dtype.kind == "U"
-        if not is_text or len(set(class_names.tolist())) < len(class_names):
-            raise ValueError(f"`class_names` is {class_names.dtype} {list(class_names.shape)}, "
-                             "wanted K different texts")
-        class_names = class_names.tolist()
-    if "latents" in arrays:
-        if size is not None:
-            raise ValueError("--size is for images, and these are latents")
-        x, mean, std = _check_latents(arrays)
-        return _make_dataset(x, labels, class_names, kind="latent", mean=mean.tolist(), std=std.tolist())
-    x, remarks = _resize_all(_check_images(arrays["images"]), size)
-    return _make_dataset(x, labels, class_names, remarks)
+    if "images" in arrays:
+        x = arrays["images"]
+        if x.ndim == 4 and x.shape[1] != 3:
+            x = x.transpose(0, 3, 1, 2)
+        return _make_dataset(_resize_all(x, size), labels, class_names)
 
-
-def _check_images(x):
-    """x as uint8 [N, 3, H, W]."""
-    if x.ndim != 4 or not x.size or x.dtype != np.uint8:
-        raise ValueError(f"`images` is {x.dtype} {list(x.shape)}, wanted uint8 [N, 3, H, W]")
-    if x.shape[1] == 3:
-        return x
-    if x.shape[3] == 3:
-        return x.transpose(0, 3, 1, 2)
-    raise ValueError(f"`images` is {list(x.shape)}, wanted three channels")
-
-
-def _check_latents(arrays):
-    """-> (latents float16 or float32 [N, C, H, W], mean [C], std [C]), the last two computed if not given."""
     x = arrays["latents"]
-    if x.ndim != 4 or not x.size or x.dtype.kind != "f":
-        raise ValueError(f"`latents` is {x.dtype} {list(x.shape)}, wanted floats [N, C, H, W]")
+    if size is not None:
+        raise ValueError("--size is for images, and these are latents")
     if not np.isfinite(x).all():
         raise ValueError("`latents` holds NaN or infinite values")
     x = x.astype(np.float16 if x.dtype.itemsize == 2 else np.float32)
-    if "mean" in arrays and "std" in arrays:
-        mean = arrays["mean"]
-        std = arrays["std"]
-    else:
-        mean = x.mean((0, 2, 3), np.float64)
-        std = x.std((0, 2, 3), np.float64).clip(1e-6)
-    channels = x.shape[1:2]
-    if mean.shape != channels or std.shape != channels:
-        raise ValueError(f"`mean`, `std` are {list(mean.shape)}, {list(std.shape)}, wanted {list(channels)}")
-    if not np.isfinite([mean, std]).all() or std.min() <= 0:
-        raise ValueError("`mean` and `std` must be finite, and `std` above 0")
-    return x, mean, std
+    mean = arrays.get("mean", x.mean((0, 2, 3), np.float64))
+    std = arrays.get("std", x.std((0, 2, 3), np.float64).clip(1e-6))
+    if mean.shape != x.shape[1:2] or std.shape != x.shape[1:2] or not np.isfinite(mean / std).all():
+        raise ValueError("`mean` and `std` must be finite [C], and `std` above 0")
+    return _make_dataset(x, labels, class_names, kind="latent", mean=mean.tolist(), std=std.tolist())
+
+
+def _resize_all(x, size):
+    """`_resize` of images [N, 3, H, W]."""
+    if size is None or x.shape[2:] == (size, size):
+        return x
+    pictures = (_resize(Image.fromarray(image), size) for image in x.transpose(0, 2, 3, 1))
+    return _stack(pictures, len(x))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What every source ends in: one place that checks sizes, labels and names.
+
+def _make_dataset(x, labels, class_names=None, report=(), kind="image", **scaling):
+    """The Dataset of arrays x [N, C, H, W] and labels [N] or None. Its classes are the labels that occur, in
+    order; `class_names` [K] are those of labels 0 ... K - 1 (None: their numbers)."""
+    if x.ndim != 4 or not x.size:
+        raise ValueError(f"the examples are {list(x.shape)}, wanted [N, C, H, W]")
+    if kind == "image" and (x.dtype != np.uint8 or x.shape[1] != 3):
+        raise ValueError(f"`images` is {x.dtype} {list(x.shape)}, wanted uint8 [N, 3, H, W] or [N, H, W, 3]")
+    x = np.ascontiguousarray(x)
+    dataset = Dataset(torch.from_numpy(x), kind=kind, **scaling)
+    classes = "no labels"
+    if labels is not None:
+        labels = np.asarray(labels)
+        if labels.shape != (len(x),) or labels.dtype.kind not in "iu" or labels.min() < 0:
+            raise ValueError(f"labels {labels.dtype} {list(labels.shape)}, wanted numbers >= 0 [{len(x)}]")
+        present, numbers, counts = np.unique(labels, return_inverse=True, return_counts=True)
+        dataset.class_names = [str(label) for label in present]
+        if class_names is not None:
+            if present[-1] >= len(class_names) or len(set(class_names)) < len(class_names):
+                raise ValueError(f"wanted a different class name for each label up to {present[-1]}")
+            dataset.class_names = [str(class_names[label]) for label in present]
+        dataset.labels = torch.from_numpy(numbers.astype(np.int64))
+        first = ", ".join(dataset.class_names[:10])
+        classes = f"{len(present):,} classes of {counts.min():,} to {counts.max():,}: {first}"
+        if len(present) > 10:
+            classes += ", ..."
+    c, h, w = dataset.shape
+    dataset.report = [f"{len(x):,} {kind}s of {c}x{h}x{w}", classes, *report]
+    values = (x.shape, kind, dataset.class_names, dataset.mean, dataset.std)
+    digest = hashlib.sha256(repr(values).encode())
+    digest.update(x)
+    if labels is not None:
+        digest.update(dataset.labels.numpy())
+    dataset.fingerprint = digest.hexdigest()
+    return dataset
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1038,7 +801,7 @@ def pixel_features(dataset, index, dims=64):
 def class_counts(dataset, index=None):
     """How many examples each class has among those at `index` (None: all): float32 [classes]."""
     labels = dataset.labels if index is None else dataset.labels[index]
-    return torch.bincount(labels, minlength=dataset.classes).float()
+    return torch.bincount(labels, minlength=len(dataset.class_names)).float()
 
 
 def class_weights_of_mean_one(weights, counts):
@@ -1046,36 +809,25 @@ def class_weights_of_mean_one(weights, counts):
     return weights * counts.sum() / (weights * counts).sum()
 
 
-def inverse_frequency(counts):
-    """Weights [classes] that give each class the same total, from counts [classes]."""
-    return 1 / counts.clamp(min=1)
-
-
 def read_class_weights(source, class_names):
-    """-> (weights float32 [classes], seconds, examples) from a file of `write_class_weights`. Seconds and
-    examples are what finding the weights took. Raises DataError."""
+    """-> (weights float32 [classes], (seconds, examples) that finding them took) from a file of
+    `write_class_weights`. Raises DataError."""
     with reading(source, "class weights for these classes"):
         content = json.loads(Path(source).read_bytes())
         weight_of = content["weights"]
         if set(weight_of) != set(class_names):
             raise ValueError(f"it is for the classes {', '.join(list(weight_of)[:5])}, "
                              f"wanted {', '.join(class_names[:5])}")
-        values = [weight_of[name] for name in class_names]
-        seconds = content.get("seconds", 0)
-        examples = content.get("examples", 0)
-        for value in (*values, seconds, examples):
-            if type(value) not in (int, float) or not 0 <= value < math.inf:
-                raise ValueError(f"it holds {value}, wanted a number from 0 on")
-        weights = torch.tensor(values, dtype=torch.float32)
-        if not weights.isfinite().all() or not weights.any():
-            raise ValueError("the weights are all 0, or too large")
-    return weights, seconds, examples
+        weights = torch.tensor([float(weight_of[name]) for name in class_names])
+        if not weights.isfinite().all() or weights.min() < 0 or not weights.any():
+            raise ValueError("the weights must be finite, from 0 on, and not all 0")
+        return weights, (float(content["seconds"]), int(content["examples"]))
 
 
-def write_class_weights(target, class_names, weights, seconds, examples):
-    """Write weights [classes] as JSON, with the seconds and examples that finding them took."""
-    weight_of = dict(zip(class_names, weights.tolist()))
-    content = dict(weights=weight_of, seconds=seconds, examples=examples)
+def write_class_weights(target, class_names, weights, cost):
+    """Write weights [classes] as JSON, with the (seconds, examples) that finding them took."""
+    seconds, examples = cost
+    content = dict(weights=dict(zip(class_names, weights.tolist())), seconds=seconds, examples=examples)
     with writing(target) as file:
         file.write(json.dumps(content, indent=1).encode())
 
@@ -1094,7 +846,7 @@ class GroupDRO(torch.nn.Module):
     Algorithm 1 weighs the loss of a step by the alpha of the same step. Here alpha weighs the loss of the
     next step, because the gradients of the first micro-batches are taken before the excess of the last is
     known. A class that is absent from a batch keeps its last e_c: with 0 instead, a class would lose weight
-    for being rare.
+    for being rare. The loss's weights have mean 1 over the pool; DoReMi's code normalizes within each batch.
     """
 
     def __init__(self, classes, eta=1.0, smoothing=1e-3):
@@ -1134,25 +886,41 @@ class GroupDRO(torch.nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Pictures: a grid of images, a density, panels beside or below one another.
+# Pictures: rows of images, a density, panels side by side.
 
-def image_grid(images, columns, side=None):
-    """Pillow image of uint8 [n, C, H, W] or latents, row by row, each `side` pixels wide (None: >= 48)."""
-    if images.dtype != torch.uint8:
-        latents = images.float()
-        images = (latents / latents.std().clamp_min(1e-6) * 50 + 128).clamp(0, 255).to(torch.uint8)
-    if images.shape[1] >= 3:
-        images = images[:, :3]                                  # of latents the first three channels
-    else:
-        images = images[:, :1].expand(-1, 3, -1, -1)
-    if side is None:
-        side = max(48, images.shape[-1])
-    rows = max(1, math.ceil(len(images) / columns))
-    grid = Image.new("RGB", (columns * side, rows * side), "white")
-    for i, pixels in enumerate(images.permute(0, 2, 3, 1).contiguous().cpu().numpy()):
-        image = Image.fromarray(pixels).resize((side, side), Image.BICUBIC)
-        grid.paste(image, (i % columns * side, i // columns * side))
-    return grid
+def image_rows(rows, names=()):
+    """Pillow image of rows of uint8 images [n, C, H, W] or latents, each at least 48 pixels wide, with the
+    `names` of the rows at their left."""
+    side = max(48, rows[0].shape[-1])
+    left = 100 if names else 0
+    width = left + side * max(len(row) for row in rows)
+    picture = Image.new("RGB", (width, side * len(rows)), "white")
+    draw = ImageDraw.Draw(picture)
+    spread = torch.cat(rows).float().std().clamp_min(1e-6)      # of latents
+    for y, row in enumerate(rows):
+        if y < len(names):
+            draw.text((2, y * side + 14), names[y][:14], fill="black", font=ImageFont.load_default(14))
+        if row.dtype != torch.uint8:
+            row = (row.float() / spread * 50 + 128).clamp(0, 255).to(torch.uint8)
+        if row.shape[1] < 3:
+            row = row[:, :1].expand(-1, 3, -1, -1)
+        for x, pixels in enumerate(row[:, :3].permute(0, 2, 3, 1).contiguous().cpu().numpy()):
+            image = Image.fromarray(pixels).resize((side, side), Image.BICUBIC)
+            picture.paste(image, (left + x * side, y * side))
+    return picture
+
+
+def class_picture(images, labels=None, class_names=()):
+    """Pillow image of images [n, C, H, W]. With labels [n] of two to ten classes a row for each, else
+    near-square in the order of the labels."""
+    if labels is None:
+        labels = torch.zeros(len(images), dtype=torch.int64)
+    present = labels.unique().tolist()
+    if 2 <= len(present) <= 10:
+        rows = [images[labels == label] for label in present]
+        return image_rows(rows, [class_names[label] for label in present])
+    columns = math.ceil(len(images) ** 0.5)
+    return image_rows(images[labels.argsort(stable=True)].split(columns))
 
 
 def density_picture(density, size=400, center=0.4, side=2.2):
@@ -1171,24 +939,16 @@ def density_picture(density, size=400, center=0.4, side=2.2):
     return Image.fromarray(gray.to(torch.uint8).view(size, size).numpy())
 
 
-def panels(pictures, titles, across=True):
-    """Pillow image of pictures with a title each, side by side or below one another."""
-    widths = [picture.width for picture in pictures]
-    heights = [picture.height for picture in pictures]
-    if across:
-        size = (sum(widths) + 8 * len(pictures), max(heights) + 24)
-    else:
-        size = (max(widths), sum(heights) + 32 * len(pictures))
-    canvas = Image.new("RGB", size, "white")
+def panels(pictures, titles):
+    """Pillow image of pictures side by side, with a title each."""
+    width = sum(picture.width + 8 for picture in pictures)
+    height = max(picture.height for picture in pictures)
+    canvas = Image.new("RGB", (width, height + 24), "white")
     x = 0
-    y = 0
     for picture, title in zip(pictures, titles):
-        canvas.paste(picture, (x, y + 24))
-        ImageDraw.Draw(canvas).text((x + 4, y + 2), title, fill="black", font=ImageFont.load_default(16))
-        if across:
-            x += picture.width + 8
-        else:
-            y += picture.height + 32
+        canvas.paste(picture, (x, 24))
+        ImageDraw.Draw(canvas).text((x + 4, 2), title, fill="black", font=ImageFont.load_default(16))
+        x += picture.width + 8
     return canvas
 
 
@@ -1196,59 +956,42 @@ def coreset_picture(dataset, pool, priority, kept, columns=8):
     """Pillow image of what `prune` kept of the examples at `pool` [n]: for each of the first ten classes a
     row of best-kept, last-kept and first-dropped images. priority [n]; `kept` are positions in the pool."""
     labels = None if dataset.labels is None else dataset.labels[pool]
-    names = []
-    best_kept = []
-    last_kept = []
-    dropped = []
+    names = dataset.class_names[:10] or ["all"]
+    rows = {"best kept": [], "last kept, nearest the border first": [], "first dropped": []}
     for members in ranked(priority, labels)[:10]:
-        names.append("all" if labels is None else dataset.class_names[labels[members[0]]])
         n = int(torch.isin(members, kept).sum())
-        best_kept.append(dataset.x[pool[members[:n][:columns]]])
-        last_kept.append(dataset.x[pool[members[:n].flip(0)[:columns]]])
-        dropped.append(dataset.x[pool[members[n:][:columns]]])
-    sides = []
-    for rows in (best_kept, last_kept, dropped):
-        grids = [image_grid(images, columns) for images in rows]
-        sides.append(panels(grids, names, across=False))
-    return panels(sides, ["best kept", "last kept, nearest the border first", "first dropped"])
+        for title, chosen in zip(rows, (members[:n], members[:n].flip(0), members[n:])):
+            rows[title].append(dataset.x[pool[chosen[:columns]]])
+    return panels([image_rows(of_title, names) for of_title in rows.values()], rows)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Files. What cannot be read becomes one DataError that names the file. A file that is written appears whole
-# or not at all.
+# Files. What cannot be read becomes one DataError that names the file. Files are written atomically.
 
 class DataError(ValueError):
-    """An error that the user can fix: one printable line that names the file or flag and says why."""
-
-    def __str__(self):
-        return "".join(c if c.isprintable() else " " for c in super().__str__())
+    """An error that the user can fix: one line that names the file or flag and says why."""
 
 
 @contextlib.contextmanager
 def reading(source, what):
-    """Exceptions inside become a DataError, "SOURCE: not WHAT, why". The block holds the call that reads and
-    the checks of its result, nothing else.
-
-    A damaged or hostile file can raise almost any exception in the libraries that read it. Only errors that
-    no file can cause pass: a name or module that does not exist, and the device's memory.
-    """
+    """Exceptions inside become a DataError, "SOURCE: not WHAT, why": a damaged file can raise almost any. The
+    block holds the call that reads and the checks of its result, nothing else."""
     try:
         yield
-    except (DataError, NameError, ImportError, torch.OutOfMemoryError):
+    except (DataError, NameError, ImportError, torch.OutOfMemoryError):         # not caused by a file
         raise
     except FileNotFoundError as error:
         raise DataError(f"{error.filename or source}: no such file") from None
     except Exception as error:
-        why = " ".join(str(error).split()) or type(error).__name__
-        if isinstance(error, KeyError):                         # of which the text is the key alone
-            why = f"it has no {why}"
-        raise DataError(f"{source}: not {what}, {why[:200]}") from None
+        why = str(error)
+        if not isinstance(error, ValueError):                   # str(KeyError) is only the key
+            why = f"{type(error).__name__}: {why}"
+        raise DataError(f"{source}: not {what}, {' '.join(why.split())[:200]}") from None
 
 
 @contextlib.contextmanager
 def writing(target):
-    """Open a binary file that becomes `target` if the block succeeds, and is removed if it fails. DataError
-    if the file cannot be written; other exceptions of the block pass."""
+    """Open a binary file that becomes `target` if the block, which only writes, succeeds. Else DataError."""
     temporary = f"{target}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
@@ -1256,73 +999,61 @@ def writing(target):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
-    except OSError as error:
-        if error.filename not in (None, temporary):             # of another file, which the block reads
-            raise
-        raise _cannot_be_written(target, error) from None
-    except RuntimeError as error:                               # torch.save raises it over the first error
+    except (OSError, RuntimeError) as error:                    # torch.save raises the latter over any other
         if isinstance(error.__context__, KeyboardInterrupt):
             raise error.__context__ from None
-        if isinstance(error.__context__, OSError):
-            raise _cannot_be_written(target, error.__context__) from None
-        if "PytorchStreamWriter" in str(error):
-            raise _cannot_be_written(target, OSError(error)) from None
-        raise
+        raise DataError(f"{target}: cannot be written, {error}") from None
     finally:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
+        Path(temporary).unlink(missing_ok=True)
 
 
-def _cannot_be_written(target, error, advice=""):
-    """The DataError for an OSError of writing."""
-    why = error.strerror or str(error) or type(error).__name__
-    return DataError(f"{target}: cannot be written, {why[:80]}{advice}")
-
-
-def require_writable(target, advice=None):
-    """Make the folder of `target`. DataError, which ends in the advice, if `target` could not be written.
-    Call it before the work, not after it."""
+def require_writable(target):
+    """Make the folder of `target`. DataError if `target` cannot be written: before the work, not after it."""
     folder = Path(target).absolute().parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise _cannot_be_written(folder, error, f": {advice}" if advice else "") from None
+        raise DataError(f"{target}: cannot be written, {error}") from None
     if os.path.isdir(target):
         raise DataError(f"{target}: is a folder, give the name of a file")
 
 
-def remove_leftovers(folder):
-    """Remove the temporary files of `writing` that killed programs left below a folder, a day old or more."""
-    yesterday = time.time() - 24 * 3600
-    with contextlib.suppress(OSError):
-        for file in sorted(Path(folder).rglob("*.tmp")):
-            with contextlib.suppress(OSError):                  # another user's, or gone by now
-                if re.search(r"\.[0-9]+\.tmp$", file.name) and file.lstat().st_mtime < yesterday:
-                    file.unlink()
-
-
 # ------------------------------------------------------------------------------------------------------------
-# Flags. Each function is an argparse type or makes one; argparse names the flag in its error.
+# Flags: argparse types, and what resuming and comparing must know about settings.
+
+FILES = ("guide", "reference", "class_weights", "prune_features")       # may name a file: compared by content
+MAY_DIFFER = {                                  # settings that may differ when a run resumes
+    "data", "out", "device", "bf16", "compile", "micro_batch", "steps", "log_every", "save_every",
+    "eval_every", "eval_samples", "sampling_steps", "guidance", "metrics", "guide_path", "files", *FILES}
+
 
 def path(text):
     """An argparse type: a path, with ~ for the home folder."""
     return os.path.expanduser(text)
 
 
+def file_or(*words):
+    """Make an argparse type: one of the words, or else a path, which becomes absolute."""
+    def parse(text):
+        """The word or the absolute path."""
+        if text in words:
+            return text
+        return os.path.abspath(os.path.expanduser(text))
+    return parse
+
+
 def number(kind, interval):
-    """An argparse type: int or float (`kind`) in an interval, as "[1, inf)" or "(0, 1]", and never NaN."""
-    ends = interval[1:-1].split(",")
-    low = float(ends[0])
-    high = float(ends[1])
+    """Make an argparse type: int or float (`kind`) in an interval such as "[1, inf)", and never NaN."""
+    low, high = interval[1:-1].split(",")
+    low = float(low)
+    high = float(high)
 
     def parse(text):
         """The number in `text`; ArgumentTypeError outside of the interval."""
         value = kind(text)
-        is_above = value > low or (value == low and interval[0] == "[")
-        is_below = value < high or (value == high and interval[-1] == "]")
-        fits_a_tensor = abs(value) < 2 ** 62
-        if not (is_above and is_below and fits_a_tensor):
+        is_open_end = (value == low and interval[0] == "(") or (value == high and interval[-1] == ")")
+        if not low <= value <= high or is_open_end:
             raise argparse.ArgumentTypeError(f"{text} is not in {interval}")
         return value
     parse.__name__ = kind.__name__                              # "invalid int value: 'x'"
@@ -1330,88 +1061,85 @@ def number(kind, interval):
 
 
 def device(text):
-    """An argparse type: the name of a torch device of this machine. Several processes take one each."""
+    """An argparse type: "cpu", "cuda" or "cuda:N". A process of several takes the GPU of its LOCAL_RANK."""
     try:
         wanted = torch.device(text)
-        if wanted.type == "cuda":
-            if not torch.backends.cuda.is_built():
-                raise RuntimeError("this torch is built without CUDA")
-            index = wanted.index
-            if not index:                                       # "cuda" and "cuda:0": the process's own
-                index = int(os.environ.get("LOCAL_RANK", 0))
-            wanted = torch.device("cuda", index)
-            torch.cuda.set_device(wanted)                       # before the first call that would take cuda:0
-        elif wanted.type != "cpu":
-            raise RuntimeError("cpu and cuda are supported")
-    except (RuntimeError, AssertionError) as error:
+        if wanted.type == "cpu":
+            return "cpu"
+        if wanted.type != "cuda":
+            raise ValueError("give cpu or cuda")
+        index = wanted.index or 0
+        if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+            index = int(os.environ.get("LOCAL_RANK") or 0)
+        torch.cuda.set_device(index)                            # before the first call that would take cuda:0
+    except (RuntimeError, AssertionError, ValueError) as error:
         first_line = str(error).partition("\n")[0]
         raise argparse.ArgumentTypeError(f"{text}: {first_line[:80]}") from None
-    return str(wanted)
+    return f"cuda:{index}"
 
 
 def parser(description, usage):
-    """An ArgumentParser whose help shows every default; flags cannot be abbreviated."""
+    """An ArgumentParser without abbreviated flags, whose help shows plain defaults."""
     class Help(argparse.ArgumentDefaultsHelpFormatter):
         def _get_help_string(self, action):
             if action.default is None or action.default is False:
                 return action.help
             return super()._get_help_string(action)
-
-        def _split_lines(self, text, width):
-            lines = []
-            for line in text.split("\n"):                       # a choice of a flag may have its own line
-                lines += super()._split_lines(line, width)
-            return lines
     return argparse.ArgumentParser(
-        description=description, usage=f"%(prog)s {usage}", allow_abbrev=False,
-        formatter_class=lambda prog: Help(prog, width=110))
+        description=description, usage=f"%(prog)s {usage}", allow_abbrev=False, formatter_class=Help)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Programs: one line on stderr for every error that the user can fix, and a progress line.
+# Programs: one line on stderr for every error that the user can fix, signals, and a progress line.
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, which schedulers send: it stops a program as Ctrl-C does, so that cleaning up runs."""
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C, or SIGTERM, which schedulers send: `number` is the signal."""
+
+    def __init__(self, number, text=""):
+        super().__init__(text)
+        self.number = number
 
 
-def _raise_terminated(signal_number, frame):
-    raise Terminated
+class Signals:
+    """The handler of Ctrl-C and SIGTERM. They raise Stopped, but while `held` is True, the first one is only
+    noted in `received`, and the program stops by itself."""
+    held = False
+    received = None
+
+    def __call__(self, number, frame):
+        if not self.held or self.received is not None:
+            raise Stopped(number)
+        self.received = number
+        say("stopping after this step; again = now")
 
 
-def command(run, memory_advice="give --device cpu"):
-    """Call run(). An error that the user can fix becomes one line on stderr and exit status 2; Ctrl-C and
-    SIGTERM end with status 130 and 143. Characters that the output's encoding lacks appear as escapes."""
+signals = Signals()
+
+
+def command(run, stopped="stopped"):
+    """Call run(). An error that the user can fix becomes one line on stderr and exit status 2. Ctrl-C and
+    SIGTERM end with the line `stopped`, or with that of the exception, and status 130 and 143."""
     for terminal in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError):   # None, replaced or closed
             terminal.reconfigure(errors="backslashreplace")
-    is_main_thread = threading.current_thread() is threading.main_thread()
-    handles_sigterm = is_main_thread and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    if handles_sigterm:
-        signal.signal(signal.SIGTERM, _raise_terminated)
+    signal.signal(signal.SIGINT, signals)
+    signal.signal(signal.SIGTERM, signals)
     try:
         return run()
-    except torch.OutOfMemoryError:
-        message = f"error: out of device memory: {memory_advice}"
+    except (DataError, OSError, torch.OutOfMemoryError) as error:
+        first_line = str(error).partition("\n")[0]
+        say(f"error: {first_line}")
         status = 2
-    except (DataError, OSError) as error:
-        message = f"error: {error}"
-        status = 2
-    except KeyboardInterrupt as stop:
-        message = "stopped; a training run goes on with the same command"
-        status = 143 if isinstance(stop, Terminated) else 130
-    finally:
-        if handles_sigterm:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    say(message)
+    except Stopped as stop:
+        say(str(stop) or stopped)
+        status = 128 + stop.number
     raise SystemExit(status)
 
 
 def say(text, end="\n", file=None):
     """Print to `file` (None: stderr). If the terminal is closed, the text is lost and the program goes on."""
-    file = sys.stderr if file is None else file
-    if file is not None:                                        # pythonw, python >&-
-        with contextlib.suppress(OSError, ValueError):
-            print(text, end=end, file=file, flush=True)
+    with contextlib.suppress(OSError, ValueError):
+        print(text, end=end, file=file or sys.stderr, flush=True)
 
 
 _progress_shown = -math.inf                     # when the last progress line was shown
@@ -1420,28 +1148,15 @@ _progress_shown = -math.inf                     # when the last progress line wa
 def progress(text, last=False):
     """Show `text` on stderr: rewritten in place on a terminal, else every ten seconds and the `last`."""
     global _progress_shown
-    columns = _terminal_columns()
-    seconds = 10 if columns is None else 0.5
+    on_terminal = False
+    with contextlib.suppress(AttributeError, OSError, ValueError):              # stderr is None or closed
+        on_terminal = sys.stderr.isatty()
     now = time.monotonic()
-    if not last and now - _progress_shown <= seconds:
+    if not last and now - _progress_shown <= (0.5 if on_terminal else 10):
         return
     _progress_shown = now
-    if columns is None:
-        say(text)
+    if on_terminal:
+        width = shutil.get_terminal_size().columns - 1          # a full-width line would wrap
+        say(text[:width].ljust(width), end="\n" if last else "\r")
     else:
-        row = text[:columns - 1].ljust(columns - 1)             # a full row would move the cursor on
-        say(row, end="\n" if last else "\r")
-
-
-def _terminal_columns():
-    """The width of the terminal behind stderr; None if stderr is not a terminal, or is a closed one."""
-    try:
-        if not sys.stderr.isatty():
-            return None
-    except (AttributeError, OSError, ValueError):               # stderr is None or closed
-        return None
-    try:
-        columns = os.get_terminal_size(sys.stderr.fileno()).columns
-    except (AttributeError, OSError, ValueError):
-        columns = shutil.get_terminal_size().columns
-    return columns or 80                                        # some terminals say 0
+        say(text)

@@ -9,19 +9,17 @@ averages of the weights are those of "Analyzing and Improving the Training Dynam
 In order: the denoiser and its loss; the UNet, its blocks and their layers; the MLP; averages of the weights;
 autocast and compilation; checkpoints.
 """
-import contextlib
 import functools
-import importlib.util
-import itertools
 import math
 import os
-import shutil
-import sys
 import zipfile
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+SIGMA_DATA = 0.5        # standard deviation of the data, as the network sees them
+FORMAT = 2              # of checkpoints; raised when a setting is added or what training does changes
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -30,8 +28,8 @@ import torch.nn.functional as F
 class Denoiser(torch.nn.Module):
     """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise) for a raw network F (EDM eq. 7).
 
-    `config` is the dictionary that `build` made it from. Its kind, shape, classes (the number of labels, 0
-    for none), class_names and sigma_data are attributes as well.
+    `config` is the dictionary that `build` made it from. Its kind, shape and classes (the number of labels, 0
+    for none) are attributes as well.
     """
 
     def __init__(self, net, config):
@@ -41,8 +39,6 @@ class Denoiser(torch.nn.Module):
         self.kind = config["kind"]
         self.shape = tuple(config["shape"])
         self.classes = config["classes"]
-        self.class_names = config["class_names"]
-        self.sigma_data = config["sigma_data"]
         if self.kind != "tree":
             self.u_fourier = MPFourier(128)
             self.u_out = MPLayer(128, 1)
@@ -57,7 +53,9 @@ class Denoiser(torch.nn.Module):
             sigma = torch.full((len(x),), sigma, device=x.device)
         if self.classes == 0:
             labels = None
-        c_skip, c_out, c_in, c_noise = preconditioning(sigma, self.sigma_data)
+        elif labels is None:
+            raise ValueError(f"this network has {self.classes} classes: give it labels")
+        c_skip, c_out, c_in, c_noise = preconditioning(sigma)
         F_x = self.net(per_example(c_in, x) * x, c_noise, labels)
         return per_example(c_skip, x) * x + per_example(c_out, x) * F_x.float()
 
@@ -70,7 +68,7 @@ class Denoiser(torch.nn.Module):
             target = x0
         x = x0 + per_example(sigma, x0) * noise
         D_x = self(x, sigma, labels)
-        losses = per_example_loss(D_x, target, sigma, self.sigma_data)
+        losses = per_example_loss(D_x, target, sigma)
         return losses, D_x
 
     def u(self, sigma):
@@ -79,28 +77,28 @@ class Denoiser(torch.nn.Module):
         return self.u_out(features).squeeze(1).float()
 
 
-def preconditioning(sigma, sigma_data=0.5):
+def preconditioning(sigma):
     """c_skip, c_out, c_in, c_noise (EDM, table 1), each of sigma's shape."""
-    total = sigma.square() + sigma_data ** 2
-    c_skip = sigma_data ** 2 / total
-    c_out = sigma * sigma_data / total.sqrt()
+    total = sigma.square() + SIGMA_DATA ** 2
+    c_skip = SIGMA_DATA ** 2 / total
+    c_out = sigma * SIGMA_DATA / total.sqrt()
     c_in = 1 / total.sqrt()
     c_noise = sigma.log() / 4
     return c_skip, c_out, c_in, c_noise
 
 
-def loss_weight(sigma, sigma_data=0.5):
+def loss_weight(sigma):
     """lambda(sigma) = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 = 1 / c_out^2 (EDM, table 1)."""
-    return (sigma.square() + sigma_data ** 2) / (sigma * sigma_data).square()
+    return (sigma.square() + SIGMA_DATA ** 2) / (sigma * SIGMA_DATA).square()
 
 
-def per_example_loss(D_x, target, sigma, sigma_data=0.5):
+def per_example_loss(D_x, target, sigma):
     """lambda(sigma) times the mean over dimensions of (D_x - target)^2: [N, ...], [N, ...], [N] -> fp32 [N].
 
     EDM sums over the dimensions; this loss takes their mean.
     """
     squares = (D_x.float() - target).square()
-    return loss_weight(sigma, sigma_data) * squares.flatten(1).mean(1)
+    return loss_weight(sigma) * squares.flatten(1).mean(1)
 
 
 def per_example(v, like):
@@ -113,8 +111,7 @@ def build(config):
     """A new Denoiser from its configuration, a dictionary of plain values.
 
     kind: "tree" (2-D points, by the MLP), "image" or "latent" (by the UNet). shape: of an example. channels:
-    width of the network. classes: number of labels, 0 = none. class_names. sigma_data. Only for the UNet:
-    blocks, dropout.
+    width of the network. classes: number of labels, 0 = none. Only for the UNet: blocks, dropout.
     """
     if config["kind"] == "tree":
         net = MLP(config["channels"])
@@ -126,8 +123,9 @@ def build(config):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The raw network F of EDM2's configuration G, with four levels of 1, 2, 3 and 4 times `channels`. It has
-# attention at 16x16 and 8x8 for any number of channels; EDM2's has none below 64 channels.
+# The raw network F of EDM2's configuration G, with four levels of 1, 2, 3 and 4 times `channels`. Every block
+# at 16x16 and 8x8 has attention. EDM2 gives a block channels // 64 heads, so its blocks of fewer than 64
+# channels have none.
 
 class UNet(torch.nn.Module):
     """F(x, noise_label, class_labels): ([N, C, H, W], [N], int64 [N] or None) -> [N, C, H, W]."""
@@ -207,8 +205,6 @@ class UNet(torch.nn.Module):
         """The embedding [N, 4 * channels] of noise levels [N] and labels int64 [N] or None, for blocks."""
         emb = self.emb_noise(self.fourier(noise_label))
         if self.emb_class is not None:
-            if class_labels is None:
-                raise ValueError(f"this network has {self.classes} classes: give it labels")
             one_hot = torch.arange(self.classes, device=emb.device) == class_labels[:, None]
             one_hot = one_hot.to(emb.dtype) * math.sqrt(self.classes)           # unit variance
             emb = mp_sum(emb, self.emb_class(one_hot), 0.5)
@@ -452,13 +448,9 @@ class PowerEMA:
         return {str(std): dict(zip(self.names, average)) for std, average in self.averages.items()}
 
     def load_state_dict(self, state):
-        """Take over what `state_dict` returned. ValueError if a shape differs."""
+        """Take over what `state_dict` returned."""
         for std, average in self.averages.items():
-            values = [state[str(std)][name] for name in self.names]
-            for value, parameter in zip(values, average):
-                if value.shape != parameter.shape:
-                    raise ValueError("averages of another shape")
-            torch._foreach_copy_(average, values)
+            torch._foreach_copy_(average, [state[str(std)][name] for name in self.names])
 
 
 def ema_gamma(std):
@@ -474,6 +466,7 @@ def ema_gamma(std):
 def accelerate(function, device, bf16=False, compiled=False):
     """`function` under autocast and, if `compiled`, as one graph; it keeps a denoiser's shape and classes."""
     device_type = torch.device(device).type
+    torch.backends.cudnn.benchmark = True                       # all shapes are fixed
 
     def run(*args):
         with torch.autocast(device_type, torch.bfloat16, enabled=bf16):
@@ -489,31 +482,9 @@ def accelerate(function, device, bf16=False, compiled=False):
     return run
 
 
-def supported(device, bf16, compiled):
-    """The wanted (bf16, compiled), with False for what this machine cannot do; a line on stderr says which.
-    Also lets cuDNN search for the fastest kernels, which pays because all shapes are fixed."""
-    is_gpu = torch.device(device).type == "cuda"
-    torch.backends.cudnn.benchmark = True
-    if bf16 and is_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
-        _say("this GPU has no bf16: computing in fp32")
-        bf16 = False
-    if compiled and is_gpu and importlib.util.find_spec("triton") is None:
-        _say("torch.compile needs triton, which is not installed: running without it")
-        compiled = False
-    if compiled and not any(shutil.which(name) for name in ("cc", "gcc", "clang", "g++", "cl")):
-        _say("torch.compile needs a C compiler, which is not installed: running without it")
-        compiled = False
-    return bf16, compiled
-
-
-def _say(text):
-    """Print on stderr, unless the terminal is closed."""
-    with contextlib.suppress(OSError, ValueError):
-        print(text, file=sys.stderr)
-
-
 # ------------------------------------------------------------------------------------------------------------
-# Checkpoints: dictionaries of tensors and plain data, read with weights_only=True: nothing in one runs.
+# Checkpoints: dictionaries of tensors and plain data, read with weights_only=True: nothing in one runs. The
+# entry "settings" holds all settings of the run, which build its denoiser.
 
 def checkpoint_of(path):
     """`path`, or the checkpoint inside it if it is a run folder."""
@@ -523,45 +494,46 @@ def checkpoint_of(path):
 
 
 def load_checkpoint(path, device="cpu"):
-    """The dictionary in a checkpoint file or run folder.
-
-    ValueError if a checksum of the file is wrong, or if its tensors claim more bytes than the file has (a
-    view of a single number can claim any size). Any other exception: not a checkpoint.
-    """
-    name = os.fspath(checkpoint_of(path))
-    is_archive = zipfile.is_zipfile(name)                       # published FID weights use an older format
+    """The dictionary in a checkpoint file or run folder. Its tensors are mapped from the file where they stay
+    on the CPU, so reading one number is cheap. ValueError if a checksum is wrong; any other exception: not a
+    checkpoint."""
+    path = checkpoint_of(path)
+    is_archive = zipfile.is_zipfile(path)                       # published FID weights use an older format
     if is_archive:
-        with zipfile.ZipFile(name) as archive:
+        with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged is not None:
             raise ValueError(f"{damaged} is damaged")
-    with open(name, "rb") as file:
-        readable = name
-        if os.fsencode(name) != name.encode("utf-8", "replace"):        # torch assumes that names are UTF-8
-            readable = f"/dev/fd/{file.fileno()}"
-        checkpoint = torch.load(readable, map_location=device, weights_only=True, mmap=is_archive)
-    leaves = torch.utils._pytree.tree_leaves(checkpoint)
-    claimed_bytes = sum(leaf.nbytes for leaf in leaves if torch.is_tensor(leaf))
-    if claimed_bytes > os.path.getsize(name):
-        raise ValueError("its tensors are larger than the file")
-    return checkpoint
+    return torch.load(path, map_location=device, weights_only=True, mmap=is_archive)
+
+
+def check_format(settings):
+    """ValueError if the settings of a run were written by another version of this program."""
+    number = settings.get("format")
+    if number != FORMAT:
+        raise ValueError(f"another version of this program wrote it (format {number}, not {FORMAT})")
 
 
 def load_denoiser(path, ema=None, device="cpu", like=None):
     """The denoiser in a checkpoint file or run folder, ready for sampling or as a reference.
 
-    ema: the length of an EMA in the checkpoint (None = the first, 0 = the raw weights). like: the
-    configuration of a denoiser, which must be for the same data. ValueError says what is wrong; any other
-    exception: not a denoiser.
+    ema: the length of an EMA in the checkpoint (None = the first, 0 = the raw weights). like: the settings of
+    a denoiser that must be for the same data. ValueError says what is wrong; any other exception: not a
+    denoiser.
     """
     checkpoint = load_checkpoint(path, device)
-    config = checkpoint["model_config"]
+    settings = checkpoint["settings"]
+    check_format(settings)
     if like is not None:
-        check_same_data(config, like)
+        check_same_data(settings, like)
     weights = dict(checkpoint["model"])
     if ema != 0:
-        weights |= chosen_average(checkpoint["ema"], ema)
-    denoiser = with_weights(functools.partial(build, config), weights)
+        averages = checkpoint["ema"]
+        length = next(iter(averages)) if ema is None else str(float(ema))
+        if length not in averages:
+            raise ValueError(f"it has no EMA of length {length} (--ema), only {', '.join(averages)}")
+        weights |= averages[length]
+    denoiser = with_weights(functools.partial(build, settings), weights)
     denoiser = denoiser.to(device).float().eval().requires_grad_(False)
     return denoiser.to(memory_format=torch.channels_last)
 
@@ -578,43 +550,10 @@ def with_weights(make, weights):
     return module
 
 
-def chosen_average(averages, ema):
-    """The averaged parameters of length `ema` (None = the first) in the state of a PowerEMA."""
-    lengths = list(averages)
-    length = lengths[0] if ema is None else str(float(ema))
-    if length not in averages:
-        raise ValueError(f"it has no EMA of length {ema} (--ema), only {', '.join(lengths)}")
-    return averages[length]
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Settings in model_config that describe the data. Two denoisers must agree on them before one can guide the
-# other or be compared with it. The values are the words that messages use.
-
-SAME_DATA = {"kind": "kind", "shape": "shape", "classes": "number of labels", "class_names": "class",
-             "mean": "mean", "std": "standard deviation"}
-
-
-def check_same_data(config, like):
-    """ValueError, which names what differs, unless two configurations are for the same data."""
-    differences = []
-    for name, word in SAME_DATA.items():
-        value = plain(config[name])
-        wanted = plain(like[name])
-        if value != wanted and name in ("class_names", "mean", "std"):
-            value, wanted = first_difference(value, wanted)     # there may be a thousand names
+def check_same_data(settings, like):
+    """ValueError unless two denoisers are for the same data, so that one can guide or judge the other."""
+    for name in ("kind", "shape", "classes", "class_names", "mean", "std"):
+        value = settings[name]
+        wanted = like[name]
         if value != wanted:
-            differences.append(f"{word} {value} instead of {wanted}")
-    if differences:
-        raise ValueError(f"it has {', '.join(differences)}")
-
-
-def plain(value):
-    """`value`, or the list of its items if it is a tuple."""
-    return list(value) if isinstance(value, tuple) else value
-
-
-def first_difference(values, others):
-    """The first pair of unequal items of two lists; "none" stands for what the shorter one lacks."""
-    pairs = itertools.zip_longest(values, others, fillvalue="none")
-    return next(pair for pair in pairs if pair[0] != pair[1])
+            raise ValueError(f"its {name} {value} is not {wanted}")

@@ -10,27 +10,21 @@ AJEST is JEST with the guide of autoguidance as the reference (arXiv 2509.15267)
     x0, sigma, noise = x0[index], sigma[index], noise[index]    # train on exactly these
 
 Copy `FACTORS`, `gumbel`, `finite` and `jest` with the imports of math and torch, or this file under another
-name: `select` is a standard-library module. Scores are logits, so their scale matters: a loss that is summed
-over pixels selects far harder than a loss that is averaged.
-
-On interpreters that keep the standard `select` in a shared library (pyenv, conda, macOS), `import subprocess`
-in this folder finds this file. It then puts the real module in its place. train.py loads this file by path.
+name: the standard library has a module `select`, and `from select import jest` in this folder finds that one.
+Scores are logits, so their scale matters: a loss that is summed over pixels selects far harder than a loss
+that is averaged. train.py loads this file by path.
 """
 if __name__ == "select":
-    import importlib.util
+    # The standard library looked for its own `select` and found this file, as it does where that module is a
+    # shared library (pyenv, conda, macOS). Import it from the other folders; it takes this module's place.
     import os
     import sys
-    from importlib.machinery import PathFinder
-
-    def _holds_select(folder):
-        return os.path.exists(os.path.join(folder or os.curdir, "select.py"))
-
-    _folders = [folder for folder in sys.path if not _holds_select(folder)]
-    _spec = PathFinder.find_spec("select", _folders)
-    if _spec is None:
-        raise ImportError("the interpreter's own select module was not found")
-    sys.modules["select"] = importlib.util.module_from_spec(_spec)
-    _spec.loader.exec_module(sys.modules["select"])
+    folders = list(sys.path)
+    this_folder = os.path.dirname(os.path.realpath(__file__))
+    sys.path[:] = [folder for folder in folders if os.path.realpath(folder) != this_folder]
+    del sys.modules["select"]
+    import select
+    sys.path[:] = folders
 else:
     import math
 
@@ -42,12 +36,13 @@ else:
 # pairs: S_ii plus the sum of S_ij + S_ji over the m chosen j. For a loss without pairs JEST's own matrix is
 # diagonal, so the chosen examples add nothing. The AJEST authors take S_ij = loss_i(learner) -
 # loss_j(reference). Then the sum is (m + 1) * score_i plus a term that is the same for every i, and they
-# divide it by its number of terms, 2 m + 1. Either way S reduces to a factor on the scores.
+# divide it by its number of terms, 2 m + 1, which JEST's pseudo-code does not. Each way S reduces to a factor
+# on the scores.
 
 FACTORS = {
     "independent": lambda m: 1,                                 # JEST (2406.17711) for a loss without pairs
     "mean": lambda m: (m + 1) / (2 * m + 1) if m > 0 else 0,    # AJEST's code; the first chunk is uniform
-    "sum": lambda m: m + 1}                                     # an early version of it: no division
+    "sum": lambda m: m + 1}                                     # AJEST's matrix in JEST's form: not divided
 
 
 def gumbel(n, device, generator=None):
@@ -56,8 +51,12 @@ def gumbel(n, device, generator=None):
     return -torch.log(-torch.log(uniform))
 
 
-def finite(scores):
-    """The scores [B], with the mean of the finite ones in place of NaN and infinities."""
+def finite(scores, k):
+    """The scores [B] as fp32, with the mean of the finite ones in place of NaN and infinities. ValueError for
+    another shape, or if k is more than B."""
+    if scores.ndim != 1 or k > len(scores):
+        raise ValueError(f"scores must be [B] with B >= k: got {list(scores.shape)}, k = {k}")
+    scores = scores.float()
     is_finite = scores.isfinite()
     total = scores.where(is_finite, 0.0).double().sum()
     mean = total / is_finite.sum().clamp(min=1)
@@ -70,7 +69,7 @@ def jest(scores, k, chunks=16, joint="mean", generator=None):
     A chunk is drawn without replacement from softmax(FACTORS[joint](m) * scores) by Gumbel-top-k: it takes
     the largest logits after Gumbel noise is added. Nothing here waits for the device.
     """
-    logits = finite(scores)
+    logits = finite(scores, k)
     logits = (logits - logits.max()).clamp(min=-1e30)           # finite after any factor
     chunk_size = math.ceil(k / chunks)
     chosen = []
@@ -89,14 +88,15 @@ def jest(scores, k, chunks=16, joint="mean", generator=None):
 # probability 1 - exp(-exp(logit_i - kappa)).
 
 def gumbel_top_k(logits, k, generator=None):
-    """logits [B] -> (indices int64 [k], weights [k]): (weights * f[indices]).mean() estimates f.mean()
+    """logits [B] -> (indices int64 [k], weights fp32 [k]): (weights * f[indices]).mean() estimates f.mean()
     without bias for any f [B]."""
+    logits = finite(logits, k)
     B = len(logits)
-    if k >= B:
+    if k == B:
         return torch.arange(B, device=logits.device), torch.ones_like(logits)
-    logits = finite(logits)
     perturbed, order = (logits + gumbel(B, logits.device, generator)).topk(k + 1)
-    index, kappa = order[:k], perturbed[k]
+    index = order[:k]
+    kappa = perturbed[k]
     inclusion = -torch.expm1(-torch.exp(logits[index] - kappa))
     return index, (k / B) / inclusion
 
@@ -104,7 +104,9 @@ def gumbel_top_k(logits, k, generator=None):
 # ------------------------------------------------------------------------------------------------------------
 # Scores of examples (2406.17711, section 3.1). "root-loss" is ours: its softmax draws in proportion to the
 # norm of the gradient at the network's output. This norm is sqrt(loss), or sqrt(loss) / e^u where EDM2's
-# uncertainty u(sigma) divides the loss by e^u. The 0.1 bounds the weights of --debias.
+# uncertainty u(sigma) divides the loss by e^u. A tenth of the mean loss is added, so that --debias gives no
+# example more than sqrt(11) times the weight that uniform batches give. Class weights and guided targets also
+# scale the gradient; this score ignores them, which costs variance and no bias.
 
 SCORES = ("learnability", "hard", "easy", "root-loss")
 
@@ -117,7 +119,7 @@ def example_scores(
     learner_losses      [B]
     reference_losses    [B], on the same noise levels, noise and targets; not used by "hard" and "root-loss"
     u                   log-uncertainty u(sigma) [B], for "root-loss"; None = 0
-    score               a name in SCORES
+    score               a name in SCORES; ValueError for another
     invert              prefer low scores
     gain                > 0 standardizes the scores over the super-batch and multiplies them by gain; 0 = raw
     """
@@ -128,7 +130,8 @@ def example_scores(
     elif score == "easy":
         scores = -reference_losses
     elif score == "root-loss":
-        scores = (learner_losses + 0.1).log() / 2
+        mean, _ = mean_std(learner_losses)
+        scores = (learner_losses + 0.1 * mean).log() / 2
         if u is not None:
             scores = scores - u
     else:
@@ -136,8 +139,19 @@ def example_scores(
     if invert:
         scores = -scores
     if gain > 0:
-        scores = gain * (scores - scores.mean()) / scores.std().clamp_min(1e-12)
+        mean, std = mean_std(scores)
+        scores = gain * (scores - mean) / std.clamp_min(1e-12)
     return scores
+
+
+def mean_std(values):
+    """Mean and standard deviation, float64 [], of the finite ones among values [B]; NaN if there are none."""
+    values = values.double()
+    is_finite = values.isfinite()
+    n = is_finite.sum()
+    mean = values.where(is_finite, 0).sum() / n
+    squares = (values - mean).square().where(is_finite, 0)
+    return mean, (squares.sum() / (n - 1)).sqrt()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -169,7 +183,7 @@ class Jest:
         chunks=16,                  # the batch is filled in at most this many chunks
         joint="mean",               # a name in FACTORS
         debias=False,               # draw once and weigh by inverse inclusion probability
-        uncertainty=None,           # uncertainty(sigma [B]) -> u [B], for the score "root-loss"
+        uncertainty=None,           # uncertainty(sigma [B]) -> u [B], for the score "root-loss"; None = 0
         score="learnability",       # score, invert and gain: see `example_scores`
         invert=False,
         gain=0.0,
@@ -188,6 +202,8 @@ class Jest:
         self.gain = gain
         self.drawn = super_batches.n
         self.mean_excess = None     # mean of learner's loss - reference's loss, for --until-better
+        self.scores = None          # [B] of the last step
+        self.index = None           # what was chosen of it [k]
 
     def __call__(self, step):
         batch = self.super_batches[step]
@@ -197,7 +213,7 @@ class Jest:
         reference_losses = None
         if self.reference_loss is not None:
             reference_losses = self.reference_loss(batch)
-            self.mean_excess = (learner_losses - reference_losses).mean()
+            self.mean_excess, _ = mean_std(learner_losses - reference_losses)
         u = None
         if self.uncertainty is not None:
             u = self.uncertainty(batch.sigma)
@@ -210,4 +226,13 @@ class Jest:
         else:
             index = jest(scores, self.k, self.chunks, self.joint, generator)
             weight = torch.ones_like(scores[:self.k])
+        self.scores = scores
+        self.index = index
         return batch.rows(index), weight
+
+    def score_statistics(self):
+        """[3]: mean and standard deviation of the last super-batch's scores, and the mean of the chosen ones.
+        Only finite scores count."""
+        mean, std = mean_std(self.scores)
+        chosen, _ = mean_std(self.scores[self.index])
+        return torch.stack([mean, std, chosen])

@@ -16,6 +16,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -43,8 +44,23 @@ _spec.loader.exec_module(select)
 # Several processes (torchrun): each works on its rows of the draw that (seed, step) defines, and process 0
 # writes and evaluates. With one process these functions do nothing.
 
-RANK = int(os.environ.get("RANK", 0))
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
+RANK = 0                                        # number of this process; `read_processes` sets both
+WORLD = 1                                       # number of processes
+
+
+def read_processes():
+    """Set RANK and WORLD from torchrun's variables, where empty is unset. DataError if they do not fit."""
+    global RANK, WORLD
+    with data.reading("RANK and WORLD_SIZE", "those of torchrun: unset them"):
+        RANK = int(os.environ.get("RANK") or 0)
+        WORLD = int(os.environ.get("WORLD_SIZE") or 1)
+        names = ["RANK", "WORLD_SIZE"]
+        if WORLD > 1:
+            names += ["MASTER_ADDR", "MASTER_PORT"]
+        missing = [name for name in names if not os.environ.get(name)]
+        is_single = WORLD == 1 and not os.environ.get("RANK")
+        if not is_single and (missing or not 0 <= RANK < WORLD):
+            raise ValueError(f"process {RANK} of {WORLD}, without {missing}")
 
 
 def join(device):
@@ -67,104 +83,49 @@ def average(tensors):
         flat = torch.cat([tensor.flatten() for tensor in tensors])
         torch.distributed.all_reduce(flat)
         means = (flat / WORLD).split([tensor.numel() for tensor in tensors])
-        shaped = [mean.view_as(tensor) for mean, tensor in zip(means, tensors)]
-        torch._foreach_copy_(tensors, shaped)
+        torch._foreach_copy_(tensors, [mean.view_as(tensor) for mean, tensor in zip(means, tensors)])
 
 
 def process_stream(c, step, name, device="cpu"):
     """The random stream of (seed, step, name) for this process; each process has its own."""
-    if RANK > 0:
-        name = f"{name}{RANK}"
-    return data.stream(c.seed, step, name, device)
+    return data.stream(c.seed, step, name if RANK == 0 else f"{name}{RANK}", device)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Presets, chosen by the data. The tree follows the toy of 2406.02507; images and latents have the noise
-# levels of EDM and EDM2. "cpu" replaces these values for images and latents where there is no GPU.
+# Presets, chosen by the data, for what no flag sets. The tree follows the toy of 2406.02507. Noise levels and
+# dropout of images and latents are those of EDM and EDM2; learning rate (theirs: 0.017 for 64 channels) and
+# warm-up (theirs: 10 million images) are not. CPU replaces values for images and latents without a GPU.
 
+COMMON = dict(
+    blocks=3, dropout=0.0, warmup=0, sampling_steps=32, sigma_max=80.0, targets="sample", eval_samples=10_000,
+    log_every=50, flip=False)
 PRESETS = {
     "tree": dict(
-        channels=64, batch=816, steps=8_000, lr_decay=512, warmup=0, dropout=0.0, ema=[0.02, 0.10],
-        P_mean=-2.3, P_std=1.5, sigma_max=5.0, targets="exact", guidance=3.0, guide_channels=32,
-        guide_batch=4096, eval_samples=163_840, log_every=100, flip=False),
+        channels=64, batch=816, steps=8_000, lr_decay=512, ema=[0.02, 0.10], P_mean=-2.3, P_std=1.5,
+        sigma_max=5.0, targets="exact", guidance=3.0, guide_channels=32, guide_batch=4096,
+        eval_samples=163_840, log_every=100),
     "32": dict(
         channels=64, batch=512, steps=20_000, lr_decay=2000, warmup=200, dropout=0.13, ema=[0.05, 0.10],
         P_mean=-1.2, P_std=1.2, guidance=1.6, flip=True),
     "64": dict(
-        channels=64, batch=256, steps=20_000, lr_decay=4000, warmup=200, dropout=0.0, ema=[0.05, 0.10],
+        channels=64, batch=256, steps=20_000, lr_decay=4000, warmup=200, ema=[0.05, 0.10],
         P_mean=-0.8, P_std=1.6, guidance=1.8, flip=True),
     "latent": dict(
-        channels=128, batch=256, steps=20_000, lr_decay=4000, warmup=200, dropout=0.0, ema=[0.05, 0.10],
-        P_mean=-0.4, P_std=1.0, guidance=1.8, flip=False),
-    "cpu": dict(
-        channels=24, blocks=1, batch=64, steps=1000, lr_decay=400, warmup=50, dropout=0.0, sampling_steps=16,
-        eval_samples=256, log_every=20)}
+        channels=128, batch=256, steps=20_000, lr_decay=4000, warmup=200, ema=[0.05, 0.10],
+        P_mean=-0.4, P_std=1.0, guidance=1.8)}
+CPU = dict(
+    channels=24, blocks=1, batch=64, steps=1000, lr_decay=400, warmup=50, dropout=0.0, sampling_steps=16,
+    eval_samples=256, log_every=20)
 
-# Values for what no preset sets. None: the value follows from others, see `settings`, or the feature is off.
-DEFAULTS = dict(
-    data=None, out=None, size=None, flip=None, holdout=0, imbalance=None,
-    channels=None, blocks=3, batch=None, micro_batch=None, steps=None, lr=0.01, lr_decay=None, warmup=None,
-    dropout=None, ema=None, P_mean=None, P_std=None, targets="sample", guided_targets=1.0,
-    selector="uniform", early_steps=0, filter=0.8, joint=None, score="learnability", gain=0.0, invert=False,
-    debias=False, chunks=16, until_better=False, after="uniform", reference=None,
-    guide=None, guide_channels=None, guide_batch=None, guide_steps=None, guidance=None, sampling_steps=32,
-    sigma_max=80.0, eval_every=None, eval_samples=10_000, metrics="pixels",
-    keep=None, prune="gaussian", prune_features="pixels", class_weights=None, eta=1.0,
-    seed=0, device="cuda" if torch.cuda.is_available() else "cpu", bf16=None, compile=None, log_every=50,
-    save_every=60.0)
-
-MACHINE = {"data", "out", "device", "bf16", "compile", "micro_batch"}   # belong to a machine, not to a run
-MAY_CHANGE = MACHINE | {"steps", "log_every", "save_every", "eval_every", "eval_samples", "sampling_steps",
-                        "guidance", "metrics"}                          # in a run that goes on
-SELECTION = ("early_steps", "filter", "joint", "score", "gain", "invert", "debias", "chunks", "until_better",
-             "after")                                                   # flags that need --selector
-RESUMABLE = "a checkpoint of this run (give another --out, or delete it)"       # in errors: "PATH: not ..."
-NEED_DATA = ("size", "flip", "holdout", "imbalance", "keep", "class_weights")       # flags that need --data
+MACHINE = {"data", "out", "device", "bf16", "compile", "micro_batch"}   # never taken over from a checkpoint
 
 USAGE = """[--data DATA] [flags]
 
   python train.py --selector ajest --early-steps 5000           the 2-D tree, no data needed
   python train.py --data photos/ --size 64                      images, labelled by folder or not
   python train.py --data photos/ --size 64 --keep 0.1           the most typical tenth of each class only"""
-DESCRIPTION = (
-    "Train a diffusion model while choosing its data. The same command again resumes the run. Defaults stand "
-    "in brackets. Where they depend on the data: tree, 32 (images of up to 32 pixels), 64 (larger images), "
-    "latent, and CPU (images and latents without a GPU).")
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The flags. Each default is None here: `settings` looks a value up, and help shows it from the same tables.
-
-def shown(value):
-    """A setting as it would be typed."""
-    if isinstance(value, list):
-        return " ".join(str(item) for item in value)
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    return str(value)
-
-
-def default_text(name):
-    """The default of a setting as help shows it: one value, or those of the presets; "" for none."""
-    values = {}
-    for kind, preset in PRESETS.items():
-        if kind != "cpu":
-            values[kind] = preset.get(name, DEFAULTS[name])
-    if name in PRESETS["cpu"]:
-        values["CPU"] = PRESETS["cpu"][name]
-    words = {kind: shown(value) for kind, value in values.items() if value is not None}
-    presets_differ = len(set(words.values())) > 1
-    some_have_none = 0 < len(words) < len(values)
-    if presets_differ or some_have_none:
-        return "; ".join(f"{kind} {word}" for kind, word in words.items())
-    if DEFAULTS[name] is None or DEFAULTS[name] is False:
-        return ""
-    return f"default {shown(DEFAULTS[name])}"
-
-
-def flag(name):
-    """The flag of a setting."""
-    return "--" + name.replace("_", "-")
+DESCRIPTION = """Train a diffusion model while choosing its data. The same command again resumes the run.
+Defaults that are not shown depend on the data: see PRESETS in train.py, and config.json in the run folder."""
 
 
 def build_parser():
@@ -174,489 +135,313 @@ def build_parser():
     count = data.number(int, "[1, inf)")
     amount = data.number(float, "[0, inf)")
     positive = data.number(float, "(0, inf)")
+    share = data.number(float, "[0, 1)")
+    from_one = data.number(float, "[1, inf)")
     on_off = argparse.BooleanOptionalAction
 
-    def group(title):
-        """A function that adds a flag to a new group, with its default in its help."""
-        arguments = parser.add_argument_group(title)
+    add = parser.add_argument_group("data and run").add_argument
+    add("--data", type=data.path, help="folder or zip of images, or an .npz (default: the 2-D tree)")
+    add("--out", type=data.path, help="run folder (default: runs/DATA-SELECTOR)")
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", type=data.device, default=best, help="cpu or cuda")
+    add("--seed", type=data.number(int, "[0, 1e15]"), default=0, help="of weights, data, noise and selection")
+    add("--size", type=data.number(int, "[8, 4096]"), help="crop images to a square and resize it")
+    add("--flip", action=on_off, help="mirror half of the images, as classes of their own")
+    add("--holdout", type=whole, default=0, help="examples held out for the validation loss")
+    add("--imbalance", type=from_one, help="long-tailed classes: examples of the largest over the smallest")
+    add("--log-every", type=count, help="steps between log lines")
+    add("--save-every", type=amount, default=60.0, help="seconds between checkpoints, at log lines")
+    add("--bf16", action=on_off, help="bf16 autocast (default: for images on a GPU)")
+    add("--compile", action=on_off, help="torch.compile (default: on a GPU)")
 
-        def add(text, help, **options):
-            values = default_text(text.lstrip("-").replace("-", "_"))
-            if values:
-                help = f"{help} [{values}]"
-            arguments.add_argument(text, help=help, default=None, **options)
-        return add
+    add = parser.add_argument_group("model and optimization").add_argument
+    add("--channels", type=count, help="width of the network")
+    add("--blocks", type=count, help="residual blocks on each level of the UNet")
+    add("--batch", type=count, help="examples trained on per step, whatever the selector")
+    add("--micro-batch", type=count, help="compute a batch in parts of this size, to save memory")
+    add("--steps", type=count, help="optimizer steps")
+    add("--lr", type=positive, default=0.01, help="Adam's learning rate")
+    add("--lr-decay", type=count, help="steps after which the learning rate falls as 1/sqrt(step)")
+    add("--warmup", type=whole, help="steps of linear warm-up, 0 = off")
+    add("--dropout", type=share, help="dropout inside the residual blocks")
+    add("--ema", type=data.number(float, "(0, 0.28)"), nargs="+",
+        help="lengths of the averages of the weights, as shares of the training; the first is sampled")
+    add("--targets", choices=("sample", "exact"), help="exact = the mean of all clean examples, on the tree")
+    add("--P-mean", type=data.number(float, "(-inf, inf)"), help="mean of ln sigma in training")
+    add("--P-std", type=positive, help="standard deviation of ln sigma in training")
 
-    add = group("data")
-    add("--data", "folder or zip of images, CIFAR-10's python folder, or an .npz; without it the 2-D tree",
-        type=data.path)
-    add("--size", "crop images to their centre square and resize it to this many pixels",
-        type=data.number(int, "[8, 4096]"))
-    add("--flip", "mirror half of the images; mirrored images are classes of their own", action=on_off)
-    add("--holdout", "examples held out for the validation loss, 0 = off", type=whole)
-    add("--imbalance", "make the classes long-tailed: examples of the largest class over the smallest",
-        type=data.number(float, "[1, inf)"))
+    add = parser.add_argument_group("online selection (2509.15267)").add_argument
+    add("--selector", choices=("uniform", "jest", "ajest"), default="uniform",
+        help="at random; or of a super-batch what the --guide (ajest) or --reference (jest) does better")
+    add("--early-steps", type=whole, default=0, help="select during the first N steps only, 0 = throughout")
+    add("--until-better", action="store_true", help="select until the learner is better than the reference")
+    add("--after", choices=("uniform", "full"), default="uniform", help="batches after early selection")
+    add("--filter", type=share, default=0.8, help="share of the super-batch that is left out")
+    add("--score", choices=select.SCORES, default="learnability", help="see select.example_scores")
+    add("--joint", choices=select.FACTORS,
+        help="what chosen examples add to the scores of others: mean = as in AJEST's code, its default; "
+        "independent = nothing, default of jest; sum = AJEST's matrix in JEST's pseudo-code, undivided")
+    add("--gain", type=amount, default=0.0, help="standardize the scores and multiply them, 0 = raw scores")
+    add("--chunks", type=count, default=16, help="JEST fills the batch in this many chunks")
+    add("--invert", action="store_true", help="prefer low scores")
+    add("--debias", action="store_true", help="draw the batch at once, weighted by 1 / inclusion probability")
+    add("--reference", type=data.file_or(), help="checkpoint for jest (default: the learner's own average)")
 
-    add = group("model and optimization")
-    add("--channels", "width of the network", type=count)
-    add("--blocks", "residual blocks on each level of the UNet", type=count)
-    add("--batch", "examples trained on per step, whatever the selector", type=count)
-    add("--micro-batch", "compute a batch in parts of this size, to save memory", type=count)
-    add("--steps", "optimizer steps", type=count)
-    add("--lr", "Adam's learning rate", type=positive)
-    add("--lr-decay", "steps after which the learning rate falls as 1/sqrt(step)", type=count)
-    add("--dropout", "dropout inside the residual blocks", type=data.number(float, "[0, 1)"))
-    add("--ema", "lengths of the averages of the weights, as shares of the training; the first is sampled",
-        type=data.number(float, "(0, 0.28)"), nargs="+")
-    add("--targets", "what the network learns to predict: sample = the clean example;\n"
-        "exact = the mean of all clean examples, which only the tree knows", choices=("sample", "exact"))
-    add("--guided-targets", "train the network to be its own autoguided denoiser of weight W: the target "
-        "moves by (1 - 1/W)(D - D_guide). 1 = off", type=data.number(float, "[1, inf)"), metavar="W")
+    add = parser.add_argument_group("guide, sampling and evaluation (2406.02507)").add_argument
+    add("--guide", type=data.file_or("train", "snapshot", "none"),
+        help="a run or checkpoint; train = train a smaller model first (default of ajest and dro); "
+        "snapshot = the model's own average after --guide-steps (default otherwise); none")
+    add("--guide-channels", type=count, help="width of a trained guide (default: half of --channels)")
+    add("--guide-batch", type=count, help="batch of a trained guide (default: --batch; tree: 4096)")
+    add("--guide-steps", type=count, help="steps of a trained guide, or the step of the snapshot (default: "
+        "an eighth of --steps; tree: 1024, of a snapshot at most 512)")
+    add("--guided-targets", type=from_one, default=1.0, metavar="W",
+        help="train the network to be its own autoguided denoiser of weight W, 1 = off")
+    add("--guidance", type=amount, help="weight of the guide in samples, 1 = off")
+    add("--sampling-steps", type=count, help="steps of the Heun sampler")
+    add("--sigma-max", type=data.number(float, "(0.002, inf)"), help="noise level at which sampling begins")
+    add("--eval-every", type=count, help="steps between evaluations (default: at the end only)")
+    add("--eval-samples", type=whole, help="samples scored, 0 = no evaluation")
+    add("--metrics", type=fid.features_name, default="pixels",
+        help="features that score images: pixels = 8x8 averages; inception (FID); own:CKPT = a classifier "
+        "made by fid.py --fit CKPT; none")
 
-    add = group("online selection (2509.15267)")
-    add("--selector", "how a batch is made: uniform = at random;\n"
-        "ajest = from a super-batch, by what the guide does better;\n"
-        "jest = the same against --reference", choices=("uniform", "jest", "ajest"))
-    add("--early-steps", "select during the first N steps only, 0 = throughout", type=whole, metavar="N")
-    add("--filter", "share of the super-batch that is left out", type=data.number(float, "[0, 1)"))
-    add("--score", "what is chosen more: learnability = loss of the learner less loss of the reference;\n"
-        "hard = large loss of the learner; easy = small loss of the reference;\n"
-        "root-loss = large gradient at the network's output", choices=select.SCORES)
-    add("--joint", "what the chosen examples add to the scores of others:\n"
-        "mean = as in the AJEST authors' code (default of ajest);\n"
-        "independent = nothing, as in JEST for a loss without pairs (default of jest);\n"
-        "sum = an early version of the AJEST authors' code, nearly top-k", choices=select.FACTORS)
-    add("--gain", "standardize the scores and multiply them by this, 0 = raw scores", type=amount)
-    add("--reference", "checkpoint that jest scores against; without it the average of the learner's weights",
-        type=data.path)
-
-    add = group("guide, sampling and evaluation (2406.02507)")
-    add("--guide", "a smaller or less trained copy of the model.\nCHECKPOINT = a run folder or file;\n"
-        "train = train one first (default of ajest and dro);\n"
-        "snapshot = the model's own average after --guide-steps (default otherwise);\nnone", type=data.path)
-    add("--guide-channels", "width of a trained guide; without it half of --channels", type=count)
-    add("--guide-steps", "steps of a trained guide, or the step of the snapshot; without it an eighth of "
-        "--steps (tree: 1024, of a snapshot at most 512)", type=count)
-    add("--guidance", "weight of the guide in samples, 1 = off", type=amount)
-    add("--sampling-steps", "steps of the Heun sampler", type=count)
-    add("--eval-every", "steps between evaluations; without it at the end only", type=count)
-    add("--eval-samples", "samples scored, 0 = no evaluation", type=whole)
-    add("--metrics", "features that score images: pixels = 8x8 averages; inception = FID;\n"
-        "own:CKPT = a classifier made by fid.py --fit CKPT; none")
-
-    add = group("coreset and class weights (2409.19128)")
-    add("--keep", "fraction of each class to train on", type=data.number(float, "(0, 1]"))
-    add("--prune", "which examples of a class are kept: gaussian = the most likely under a Gaussian of its "
-        "features;\nknn = those with the nearest neighbours;\n"
-        "moderate = those nearest the median distance from the centre of the class; random",
-        choices=data.PRUNING)
-    add("--prune-features", "features that pruning sees: pixels, inception, or own:CKPT, a classifier made "
-        "by fid.py --fit CKPT")
-    add("--class-weights", "weights of the classes in the loss:\n"
-        "dro = find them by group DRO against the guide;\ninverse = inverse frequency;\n"
-        "FILE = the class_weights.json that a run with dro made", type=data.path)
-
-    add = group("run")
-    add("--out", "run folder; without it runs/DATA-SELECTOR", type=data.path)
-    add("--seed", "of weights, data, noise and selection", type=data.number(int, "[0, 1e15]"))
-    add("--device", "cpu or cuda", type=data.device)
-    add("--bf16", "bf16 autocast; on for images on a GPU", action=on_off)
-    add("--compile", "torch.compile; on for a GPU", action=on_off)
-    add("--log-every", "steps between log lines", type=count)
-
-    add = group("rarely changed")
-    add("--chunks", "JEST fills the batch in at most this many chunks", type=count)
-    add("--invert", "prefer low scores", action="store_true")
-    add("--debias", "draw the batch once and weigh it by inverse inclusion probability", action="store_true")
-    add("--until-better", "select until a log line finds the learner better than the reference",
-        action="store_true")
-    add("--after", "after early selection train on uniform batches, or on full super-batches",
-        choices=("uniform", "full"))
-    add("--eta", "step size of group DRO", type=positive)
-    add("--P-mean", "mean of ln sigma in training", type=data.number(float, "(-inf, inf)"))
-    add("--P-std", "standard deviation of ln sigma in training", type=positive)
-    add("--warmup", "steps of linear warm-up of the learning rate, 0 = off", type=whole)
-    add("--sigma-max", "noise level at which sampling begins", type=data.number(float, "(0.002, inf)"))
-    add("--guide-batch", "batch of a trained guide; without it --batch (tree: 4096)", type=count)
-    add("--save-every", "seconds between checkpoints, which are written at log lines", type=amount)
+    add = parser.add_argument_group("coreset and class weights (2409.19128)").add_argument
+    add("--keep", type=data.number(float, "(0, 1]"), help="fraction of each class to train on")
+    add("--prune", choices=data.PRUNING, default="gaussian", help="which are kept: see data.priorities")
+    add("--prune-features", type=fid.features_name, default="pixels", help="what pruning sees, as --metrics")
+    add("--class-weights", type=data.file_or("dro", "inverse"), help="in the loss: dro = found by group DRO "
+        "against the guide; inverse = inverse frequency; or the class_weights.json of a run with dro")
+    add("--eta", type=positive, default=1.0, help="step size of group DRO")
     return parser
 
 
-def typed_flags(argv=None):
-    """{name: value} of the flags on the command line (argv; None = the program's own)."""
-    flags = vars(build_parser().parse_args(argv))
-    return {name: value for name, value in flags.items() if value is not None}
+def parse(argv=None):
+    """-> ({setting: default} of all flags, {setting: value} of those that were typed)."""
+    parser = build_parser()
+    defaults = vars(parser.parse_args([]))
+    nothing = argparse.Namespace(**dict.fromkeys(defaults))     # argparse sets no default over these
+    values = vars(parser.parse_args(argv, nothing))
+    return defaults, {name: value for name, value in values.items() if value is not None}
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The settings of a run. Each is looked up once, in defaults, preset, checkpoint and typed flags; the last one
-# that has it wins.
+# The settings of a run: flags, preset, what follows from these, and facts about the data, all plain values in
+# one namespace, which every checkpoint holds. What was not typed comes from the checkpoint.
 
-def load_dataset(typed, device):
-    """The data set that the flags name, on the device."""
-    if "data" in typed:
-        dataset = data.load(typed["data"], typed.get("size"))
+def settings(argv=None):
+    """-> (c, the settings; the data set). Says what was loaded before it refuses anything."""
+    read_processes()
+    defaults, typed = parse(argv)
+    c = argparse.Namespace(**(defaults | typed))
+    if c.out is None:
+        name = "tree" if c.data is None else Path(c.data).resolve().name.split(".")[0]
+        c.out = f"runs/{name}-{c.selector}"
+    join(c.device)
+    if RANK > 0:
+        barrier()                                               # until process 0 has filled the caches
+    saved, steps_done = saved_run(Path(c.out))
+    for name in defaults:
+        if name in saved and name not in typed and name not in MACHINE:
+            setattr(c, name, saved[name])
+    if c.data is None:
+        dataset = data.Tree(c.device)
     else:
-        dataset = data.Tree("A")
-    return dataset.to(device)
-
-
-def run_folder(typed):
-    """The folder of the run: --out, or runs/DATA-SELECTOR."""
-    if "out" in typed:
-        return Path(typed["out"])
-    name = "tree"
-    if "data" in typed:
-        name = Path(typed["data"]).resolve().name.split(".")[0]
-    return Path(f"runs/{name}-{typed.get('selector', DEFAULTS['selector'])}")
-
-
-def preset_of(dataset):
-    """The name of the preset for this data set."""
-    if dataset.kind in PRESETS:
-        return dataset.kind
-    return "32" if dataset.shape[-1] <= 32 else "64"
-
-
-def saved_run(folder):
-    """The settings and the progress in the checkpoint of this folder, both {} where it has none."""
-    path = folder / "checkpoint.pt"
-    if not path.exists():
-        return dict(settings={}, progress={})
-    with data.reading(path, RESUMABLE):
-        checkpoint = model.load_checkpoint(path)
-        return dict(settings=dict(checkpoint["settings"]), progress=dict(checkpoint["progress"]))
+        dataset = data.load(c.data, c.size).to(c.device)
+    if RANK == 0:
+        data.say("\n".join(dataset.report))
+    add_facts_of_data(c, dataset)
+    add_preset(c)
+    refuse(c, typed, dataset)
+    c.files = contents_of_files(c)
+    if saved:
+        refuse_other_run(c, saved, steps_done)
+    return c, dataset
 
 
 def add_facts_of_data(c, dataset):
-    """Add the facts about the data set to the settings."""
+    """Add what the network and the checkpoint must know about the data."""
+    c.format = model.FORMAT
     c.kind = dataset.kind
     c.shape = list(dataset.shape)
-    c.classes = dataset.classes
     c.class_names = list(dataset.class_names)
+    c.class_shares = [1.0]
+    if c.class_names:
+        c.class_shares = (data.class_counts(dataset).double() / len(dataset)).tolist()
     c.mean = list(getattr(dataset, "mean", ()))
     c.std = list(getattr(dataset, "std", ()))
-    c.net_classes = c.classes                                   # labels that the network knows
-    if c.flip:                                                  # mirrored images are classes of their own
-        c.net_classes = 2 * max(c.classes, 1)
-    c.class_shares = [1.0]
-    if c.classes:
-        shares = data.class_counts(dataset).double() / len(dataset)
-        c.class_shares = shares.tolist()
     c.fingerprint = dataset.fingerprint
-    c.data_summary = ", ".join(dataset.report[:2])
 
 
-def file_named_by(c, name):
-    """The path of the file that a setting names, or None where it names no file."""
-    value = getattr(c, name)
-    if name == "class_weights":
-        return None if value in ("dro", "inverse") else value
-    if name == "prune_features":
-        return value.removeprefix("own:") if value.startswith("own:") else None
-    if name == "guide" and value in ("train", "snapshot", "none"):
-        return None
-    if value is None:
-        return None
-    return model.checkpoint_of(value)
-
-
-def make_paths_absolute(c):
-    """Paths are saved with the run, and a later start may have another working directory."""
-    for name in ("guide", "reference", "class_weights"):
-        if file_named_by(c, name) is not None:
-            setattr(c, name, os.path.abspath(getattr(c, name)))
-    for name in ("metrics", "prune_features"):
-        value = getattr(c, name)
-        if value.startswith("own:"):
-            path = os.path.expanduser(value.removeprefix("own:"))
-            setattr(c, name, "own:" + os.path.abspath(path))
-
-
-def add_derived_settings(c, typed, saved):
-    """Add the settings that follow from others, unless they were typed or saved."""
+def add_preset(c):
+    """Set what is not set yet, by the kind of data, by the device and from other settings."""
     cuda = c.device.startswith("cuda")
-    if c.bf16 is None:
-        c.bf16 = cuda and c.kind != "tree"
-    if c.compile is None:
-        c.compile = cuda
-    if c.joint is None:
-        c.joint = "mean" if c.selector == "ajest" else "independent"
+    kind = c.kind
+    if kind == "image":
+        kind = "32" if c.shape[-1] <= 32 else "64"
+    preset = COMMON | PRESETS[kind]
+    if kind != "tree" and not cuda:
+        preset |= CPU
     if c.guide is None:
         c.guide = "train" if c.selector == "ajest" or c.class_weights == "dro" else "snapshot"
-    if c.guide_steps is None:
-        c.guide_steps = math.ceil(c.steps / 8)
-        if c.kind == "tree":
-            c.guide_steps = min(512, c.guide_steps) if c.guide == "snapshot" else 1024
-    if c.guide_channels is None:
-        c.guide_channels = math.ceil(c.channels / 2)
-    if c.guide_batch is None:
-        c.guide_batch = c.batch
-    if c.guide == "none" or c.guided_targets != 1:              # the network is its own guided denoiser
-        if "guidance" not in typed and "guidance" not in saved:
-            c.guidance = 1.0
+    if c.guidance is None and (c.guide == "none" or c.guided_targets != 1):
+        c.guidance = 1.0                                        # the network is its own guided denoiser
+    fill(c, preset)
+    eighth = math.ceil(c.steps / 8)
+    if kind == "tree":
+        eighth = min(512, eighth) if c.guide == "snapshot" else 1024
+    has_bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    has_compiler = importlib.util.find_spec("triton") and (shutil.which("cc") or shutil.which("gcc"))
+    fill(c, dict(
+        bf16=has_bf16 and kind != "tree", compile=cuda and bool(has_compiler),
+        joint="mean" if c.selector == "ajest" else "independent", guide_steps=eighth,
+        guide_channels=math.ceil(c.channels / 2), guide_batch=c.batch))
     c.super_batch = round(c.batch / (1 - c.filter))             # B = b / (1 - filter ratio)
-    c.selects_by_reference = c.until_better or c.score in ("learnability", "easy")
-    make_paths_absolute(c)
+    c.classes = len(c.class_names)                              # labels that the network knows
+    if c.flip:                                                  # mirrored images are classes of their own
+        c.classes = 2 * max(c.classes, 1)
+
+    # Evaluations take the preset's noise levels, so that runs with another --P-mean compare.
+    c.eval_levels = dict(P_mean=preset["P_mean"], P_std=preset["P_std"])
 
 
-def needs_guide_to_train(c):
+def fill(c, values):
+    """Set those of the values that are not set."""
+    for name, value in values.items():
+        if getattr(c, name, None) is None:
+            setattr(c, name, value)
+
+
+def guide_is_needed_to_train(c):
     """Whether the guide takes part in training, not only in sampling."""
-    ajest = c.selector == "ajest" and c.selects_by_reference
+    ajest = c.selector == "ajest" and needs_reference(c)
     return ajest or c.class_weights == "dro" or c.guided_targets != 1
 
 
-def needs_guide(c):
+def guide_is_needed(c):
     """Whether the guide takes part in training or in sampling."""
-    return needs_guide_to_train(c) or c.guidance != 1
+    return guide_is_needed_to_train(c) or c.guidance != 1
 
 
-def without_guide(c):
-    """What messages advise where the guide is gone."""
-    if needs_guide_to_train(c):
-        return "another --out starts anew"
-    return "--guidance 1 goes on without a guide"
+def needs_reference(c):
+    """Whether the selector compares the learner with a reference."""
+    return c.until_better or c.score in ("learnability", "easy")
 
 
-def hashes_of_files(c):
-    """{flag: SHA-256} of the files that the run needs; files may have moved when it goes on."""
-    names = ["reference", "class_weights"]
-    if needs_guide(c):
-        names.append("guide")
-    if c.keep is not None and c.prune != "random":
-        names.append("prune_features")
-    hashes = {}
-    for name in names:
-        path = file_named_by(c, name)
-        if path is not None:
-            if name == "guide" and not os.path.exists(path):
-                raise data.DataError(f"{path}: no such file: give --guide its place ({without_guide(c)})")
-            with data.reading(path, f"a file for {flag(name)}"):
-                hashes[name] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    return hashes
+def is_file(value):
+    """Whether the value of a setting in data.FILES is a file, not a word."""
+    return value is not None and os.path.isabs(value.removeprefix("own:"))
 
 
-def refuse_other_run(c, checkpoint, folder):
-    """DataError where the checkpoint in this folder has other settings or other data, or has done more steps.
-    Of the checkpoint only its settings and progress are read, as `saved_run` returns them."""
-    saved = checkpoint["settings"]
-    if not saved:
-        return
-    if saved["fingerprint"] != c.fingerprint:
-        raise data.DataError(f"{folder} holds a run on other data ({saved['data_summary']}; now: "
-                             f"{c.data_summary}): the data has changed, give another --out")
-    for name in DEFAULTS:
-        if name in MAY_CHANGE:
-            continue
-        now = getattr(c, name)
-        differs = saved[name] != now
-        if name in c.file_hashes and name in saved["file_hashes"]:      # the file may have moved
-            differs = saved["file_hashes"][name] != c.file_hashes[name]
-        if differs and saved[name] == now:
-            raise data.DataError(f"{folder} holds a run with {flag(name)} {now}, and that file has changed: "
-                                 "give another --out, or delete the folder")
-        if differs:
-            raise data.DataError(f"{folder} holds a run with {flag(name)} {shown(saved[name])}, not "
-                                 f"{shown(now)}: give another --out, or delete the folder")
-    steps_done = checkpoint["progress"]["step"]
-    if c.steps < steps_done:
-        raise data.DataError(f"--steps {c.steps}: the run in {folder} has done {steps_done}")
+def contents_of_files(c):
+    """{setting: SHA-256 of the file, or the word that stands there}; None for a guide that is not needed. A
+    file may move before a run resumes, but not change."""
+    contents = {name: getattr(c, name) for name in data.FILES}
+    for name, value in contents.items():
+        if is_file(value):
+            path = model.checkpoint_of(value.removeprefix("own:"))
+            contents[name] = None
+            if name != "guide" or guide_is_needed(c):
+                with data.reading(path, f"a file for {flag(name)}"):
+                    contents[name] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return contents
 
 
-def refuse_guides(c, typed):
-    """DataError for a guide that is needed but not given, or given but not usable."""
-    if c.selector == "ajest" or c.class_weights == "dro":
-        if c.guide in ("none", "snapshot"):
-            raise data.DataError("--selector ajest and --class-weights dro need a --guide from the start: "
-                                 "train, or a checkpoint")
-    if c.guide == "none":
-        if c.guided_targets != 1:
-            raise data.DataError("--guided-targets needs a --guide")
-        if typed.get("guidance", 1) != 1:
-            raise data.DataError("--guidance needs a --guide")
-    if c.guide == "snapshot" and c.guide_steps > c.steps:
-        raise data.DataError(f"--guide-steps {c.guide_steps}: the snapshot must be taken within the "
-                             f"{c.steps} --steps")
-
-
-def refuse_data(c, typed, dataset):
-    """DataError for settings that do not fit the data."""
-    if c.kind == "tree":
-        return
-    side = c.shape[-1]
-    if c.shape[1] != side or side % 8:
-        if c.kind == "latent":
-            raise data.DataError(f"{c.data}: the latents are {c.shape}, and the UNet needs square latents "
-                                 "whose side is a multiple of 8: encode images of another size")
-        raise data.DataError(f"--size: the UNet needs square images of a multiple of 8 pixels, not {c.shape}")
-    if c.kind == "latent":
-        if c.flip:
-            raise data.DataError("--flip is for images")
-        for name in ("metrics", "prune_features"):
-            if getattr(c, name) not in ("pixels", "none"):
-                raise data.DataError(f"{flag(name)} {getattr(c, name)}: {c.data} holds latents, and this "
-                                     "network sees images only: give pixels")
-    if c.targets == "exact":
-        raise data.DataError("--targets exact is for the tree")
-    if not c.classes:
-        for name in ("class_weights", "imbalance"):
-            if typed.get(name):
-                raise data.DataError(f"{flag(name)} needs labels: {c.data} has none")
-    if c.holdout >= len(dataset):
-        raise data.DataError(f"--holdout {c.holdout}: the data has no more examples")
-
-
-def refuse_sizes(c):
-    """DataError for numbers of examples that cannot be divided, or are too few to score."""
-    if 0 < c.eval_samples < max(c.classes, 2):
-        raise data.DataError(f"--eval-samples {c.eval_samples}: give one for each class, and 2 or more")
-    divisor = (c.micro_batch or 1) * WORLD
-    words = f"must be a multiple of {divisor}, --micro-batch times the number of processes"
-    if c.batch % divisor:
-        raise data.DataError(f"--batch {c.batch} {words}")
-    if c.selector != "uniform" and c.super_batch % divisor:
-        raise data.DataError(f"the super-batch of {c.super_batch}, --batch / (1 - --filter), {words}")
-    if c.guide_batch % WORLD:
-        raise data.DataError(f"--guide-batch {c.guide_batch} must be a multiple of {WORLD}, the number of "
-                             "processes")
+def flag(name):
+    """The flag of a setting."""
+    return "--" + name.replace("_", "-")
 
 
 def refuse(c, typed, dataset):
     """DataError for settings that contradict each other or would train something else than was meant."""
     tree = c.kind == "tree"
-    if tree:
-        for name in NEED_DATA:
-            if typed.get(name):                                 # --no-flip and --holdout 0 are no demands
-                raise data.DataError(f"{flag(name)} needs --data")
-    if c.selector == "uniform":
-        for name in SELECTION:
-            if name in typed:
-                raise data.DataError(f"{flag(name)} needs --selector jest or ajest")
-    if "after" in typed and not (c.early_steps or c.until_better):
-        raise data.DataError("--after needs --early-steps or --until-better")
-    if "chunks" in typed and c.debias:
-        raise data.DataError("--chunks has no effect with --debias, which draws the batch at once")
-    if c.reference and c.selector != "jest":
-        raise data.DataError("--reference needs --selector jest; the reference of ajest is the --guide")
-    for name in ("prune", "prune_features"):
-        if name in typed and c.keep is None:
-            raise data.DataError(f"{flag(name)} needs --keep")
-    if "eta" in typed and c.class_weights != "dro":
-        raise data.DataError("--eta needs --class-weights dro")
-    refuse_guides(c, typed)
-    refuse_data(c, typed, dataset)
-    refuse_sizes(c)
+    jest = c.selector != "uniform"
+    from_start = c.selector == "ajest" or c.class_weights == "dro"
+    divisor = (c.micro_batch or 1) * WORLD
+    batches = {"--batch": c.batch}
+    if jest:
+        batches["the super-batch, --batch / (1 - --filter),"] = c.super_batch
+    if c.guide == "train":
+        batches["--guide-batch"] = c.guide_batch
+    networks = {c.metrics, c.prune_features}
+    needs = [                                                   # flags, what they need, whether it is there
+        ("early_steps until_better after filter score joint gain chunks invert debias",
+         "--selector jest or ajest", jest),
+        ("size holdout imbalance keep class_weights metrics", "--data", not tree),
+        ("flip", "images", c.kind == "image" or not c.flip),
+        ("class_weights imbalance", "labels, which the data does not have", c.class_names),
+        ("targets", "to be sample: exact ones are known for the tree only", tree or c.targets == "sample"),
+        ("metrics prune_features", "images: latents have pixels only",
+         c.kind != "latent" or networks <= {"pixels", "none"}),
+        ("holdout", "more examples than that", tree or c.holdout < len(dataset)),
+        ("eval_samples", "2 or more, and one for each class",
+         c.eval_samples == 0 or c.eval_samples >= max(2, len(c.class_names))),
+        ("after", "--early-steps or --until-better", c.early_steps or c.until_better),
+        ("chunks", "a draw in chunks, not --debias", not c.debias),
+        ("reference", "--selector jest; the reference of ajest is the --guide", c.selector == "jest"),
+        ("prune prune_features", "--keep", c.keep is not None),
+        ("prune_features", "a network to see by, not none", c.prune_features != "none"),
+        ("eta", "--class-weights dro", c.class_weights == "dro"),
+        ("guidance guided_targets", "a --guide", c.guide != "none" or c.guidance == c.guided_targets == 1),
+        ("guide", "a checkpoint or train, since ajest and dro begin with a guide",
+         not from_start or c.guide not in ("none", "snapshot")),
+        ("guide_steps", "at least as many --steps", c.guide != "snapshot" or c.guide_steps <= c.steps)]
+    for names, what, is_there in needs:
+        for name in names.split():
+            if name in typed and not is_there:
+                raise data.DataError(f"{flag(name)} needs {what}")
+    if not tree and (c.shape[1] != c.shape[2] or c.shape[1] % 8):
+        raise data.DataError(f"--size: the UNet needs squares of a multiple of 8 pixels, not {c.shape}")
+    for name, n in batches.items():
+        if n % divisor:
+            raise data.DataError(f"{name} is {n}, not a multiple of {divisor}: --micro-batch times processes")
 
 
-def settings(typed):
-    """-> (c, a namespace of plain values; the data set). Says what was loaded before it refuses anything."""
-    device = typed.get("device", DEFAULTS["device"])
-    dataset = load_dataset(typed, device)
-    folder = run_folder(typed)
-    if RANK == 0:
-        data.say("\n".join(dataset.report))
-
-    kind = preset_of(dataset)
-    preset = PRESETS[kind]
-    if kind != "tree" and not device.startswith("cuda"):
-        preset = preset | PRESETS["cpu"]
-    saved = saved_run(folder)
-    c = argparse.Namespace(**(DEFAULTS | preset | saved["settings"] | typed))
-
-    # Evaluations take the preset's noise levels, so that runs with another --P-mean compare.
-    c.eval_levels = dict(P_mean=PRESETS[kind]["P_mean"], P_std=PRESETS[kind]["P_std"])
-    c.out = str(folder)
-    add_facts_of_data(c, dataset)
-    add_derived_settings(c, typed, saved["settings"])
-    refuse(c, typed, dataset)
-    c.file_hashes = hashes_of_files(c)
-    refuse_other_run(c, saved, folder)
-    c.bf16, c.compile = model.supported(c.device, c.bf16, c.compile)
-    return c, dataset
+def refuse_other_run(c, saved, steps_done):
+    """DataError where the folder's checkpoint has other settings, other data, other files or more steps."""
+    compared = set(saved) - data.MAY_DIFFER
+    if c.until_better:
+        compared.add("log_every")                               # log lines look who is better
+    advice = "give another --out, or delete the folder"
+    if saved["fingerprint"] != c.fingerprint:
+        raise data.DataError(f"{c.out} holds a run on other data: {advice}")
+    for name in sorted(compared):
+        now = getattr(c, name)
+        if saved[name] != now:
+            raise data.DataError(f"{c.out} holds a run with {flag(name)} {shown(saved[name])}, not "
+                                 f"{shown(now)}: {advice}")
+    for name, now in c.files.items():
+        before = saved["files"][name]
+        if None not in (before, now) and before != now:
+            raise data.DataError(f"{c.out} holds a run with {flag(name)} {saved[name]} ({before[:8]}), not "
+                                 f"{getattr(c, name)} ({now[:8]}): {advice}")
+    if c.steps < steps_done:
+        raise data.DataError(f"--steps {c.steps}: the run in {c.out} has done {steps_done}")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Seconds of training. Reading the stopwatch waits for the device, so it is read at log lines only.
-
-class Stopwatch:
-    """Seconds of training since it was made."""
-
-    def __init__(self, device, seconds=0.0, compiled=False):
-        self.device = device
-        self.compiled = compiled
-        self.graphs = set()                                     # graphs that have run, and are compiled
-        self.before_step = None                                 # the reading before a step that compiles
-        self.set(seconds)
-
-    def set(self, seconds):
-        """Go on from this many seconds."""
-        self.start = time.monotonic() - seconds
-
-    def read(self):
-        """The seconds, after the device has finished its work."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.monotonic() - self.start
-
-    @contextlib.contextmanager
-    def paused(self):
-        """Leave out what happens inside: evaluation, saving."""
-        seconds = self.read()
-        yield
-        self.read()                                             # the device has finished what was inside
-        self.set(seconds)
-
-    def begin_step(self, graph):
-        """The first step that runs a graph compiles it, and is not timed."""
-        if self.compiled and graph not in self.graphs:
-            self.graphs.add(graph)
-            self.before_step = self.read()
-
-    def end_step(self):
-        """Forget the seconds of a step that compiled."""
-        if self.before_step is not None:
-            self.read()
-            self.set(self.before_step)
-            self.before_step = None
+def shown(value):
+    """A setting as it would be typed."""
+    if isinstance(value, list):
+        return " ".join(str(item) for item in value)
+    return "not given" if value is None else str(value)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Checkpoints: state_dicts and plain values, written by process 0. They hold the log, which log.jsonl repeats
 # for people, and the settings, so that a checkpoint knows which run it belongs to.
 
-def new_progress(cost):
-    """What a run has done so far: plain values for its checkpoint and its log."""
-    seconds, examples = cost
+def new_progress(costs):
+    """What a run has done so far, plain values for its checkpoint and its log. `costs` is a list of (seconds,
+    examples) that were spent on what the run needs: pruning, guide, proxy, reference."""
     return dict(
         step=0,
         seconds=0.0,                # of training
         examples_trained=0,
         examples_drawn=0,           # trained on, or only scored
-        selecting=True,             # False after --until-better has ended the selection
-        snapshot=False,             # True after the snapshot has been taken
-        other_seconds=seconds,      # spent on what this run needed: pruning, guide, proxy
-        other_examples=examples)
-
-
-def model_config(c, guide_path=None):
-    """The plain values that rebuild a checkpoint's denoiser and sample it as the run is evaluated. The
-    guide's path is relative to the run folder."""
-    config = dict(
-        kind=c.kind, shape=c.shape, channels=c.channels, blocks=c.blocks, classes=c.net_classes,
-        class_names=c.class_names, class_shares=c.class_shares, dropout=c.dropout, sigma_data=0.5,
-        mean=c.mean, std=c.std, sigma_max=c.sigma_max, sampling_steps=c.sampling_steps, bf16=c.bf16,
-        guidance=1.0, guide=None)
-    if guide_path is not None:
-        config["guidance"] = c.guidance
-        config["guide"] = os.path.relpath(os.path.realpath(guide_path), os.path.realpath(c.out))
-    return config
-
-
-def settings_to_save(c):
-    """The settings that a later start takes over and compares."""
-    names = [name for name in DEFAULTS if name not in MACHINE]
-    names += ["fingerprint", "data_summary", "file_hashes"]
-    return {name: getattr(c, name) for name in names}
+        selecting=False,            # whether the last step chose its batch
+        ahead=False,                # True once --until-better has ended the selection
+        other_seconds=sum(seconds for seconds, _ in costs),
+        other_examples=sum(examples for _, examples in costs))
 
 
 def save(path, c, state, progress, log, guide_path=None):
@@ -664,8 +449,9 @@ def save(path, c, state, progress, log, guide_path=None):
     if RANK > 0:
         return
     content = {name: holder.state_dict() for name, holder in state.items()}
-    content["model_config"] = model_config(c, guide_path)
-    content["settings"] = settings_to_save(c)
+    if guide_path is not None:                                  # relative to the run folder
+        guide_path = os.path.relpath(os.path.realpath(guide_path), os.path.realpath(c.out))
+    content["settings"] = dict(vars(c), guide_path=guide_path)
     content["progress"] = progress
     content["log"] = log
     lines = [json.dumps(record) + "\n" for record in log]
@@ -675,35 +461,45 @@ def save(path, c, state, progress, log, guide_path=None):
         torch.save(content, file)
 
 
+def load_run(path, device="cpu"):
+    """The checkpoint at `path` of a run of this program. DataError if it is none."""
+    with data.reading(path, "a checkpoint of this program (give another --out, or delete it)"):
+        checkpoint = model.load_checkpoint(path, device)
+        model.check_format(checkpoint["settings"])
+        return checkpoint
+
+
+def saved_run(folder):
+    """-> (the settings of the run in this folder, the steps that it has done); ({}, 0) for no run."""
+    path = folder / "checkpoint.pt"
+    if not path.exists():
+        return {}, 0
+    checkpoint = load_run(path)
+    return dict(checkpoint["settings"]), checkpoint["progress"]["step"]
+
+
 def restore(path, c, state):
-    """Fill `state` from the checkpoint at `path`; -> (progress, log, model configuration). DataError if it is
-    of another run, or no checkpoint."""
-    with data.reading(path, RESUMABLE):
-        checkpoint = model.load_checkpoint(path, c.device)
-        refuse_other_run(c, checkpoint, path.parent)
+    """Fill `state` from the checkpoint at `path`; -> (progress, log). DataError if it is of another run."""
+    checkpoint = load_run(path, c.device)
+    refuse_other_run(c, checkpoint["settings"], checkpoint["progress"]["step"])
+    with data.reading(path, "a checkpoint of this run"):
         for name, holder in state.items():
             holder.load_state_dict(checkpoint[name])
-        return dict(checkpoint["progress"]), list(checkpoint["log"]), checkpoint["model_config"]
+        return dict(checkpoint["progress"]), list(checkpoint["log"])
 
 
 def load_matching(path, c):
     """The trained denoiser at `path`; DataError unless it is for the same data as this run."""
     with data.reading(path, "a denoiser for this data"):
-        return model.load_denoiser(path, None, c.device, like=model_config(c))
+        return model.load_denoiser(path, None, c.device, like=vars(c))
 
 
 def cost_of(path):
     """-> (seconds, examples) of training the checkpoint at `path` and everything that it needed in turn."""
-    with data.reading(path, "a checkpoint of this program"):
-        progress = model.load_checkpoint(path)["progress"]
-        seconds = progress["seconds"] + progress["other_seconds"]
-        examples = progress["examples_trained"] + progress["other_examples"]
-        return seconds, examples
-
-
-def add_costs(costs):
-    """The sum of a list of (seconds, examples)."""
-    return sum(seconds for seconds, _ in costs), sum(examples for _, examples in costs)
+    progress = load_run(path)["progress"]
+    seconds = progress["seconds"] + progress["other_seconds"]
+    examples = progress["examples_trained"] + progress["other_examples"]
+    return seconds, examples
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -717,19 +513,21 @@ def make_objective(c, denoiser, guide=None):
         """-> (weighted mean, losses [b]) of the tensors of a data.Batch and weights [b]."""
         losses, D_x = denoiser.loss(x0, noise, sigma, labels, target)
         D = D_x.detach()                                        # no gradient through a target
-        network_loss = losses
+        network_term = losses
         if guide is not None:
             with torch.no_grad():
                 D_guide = guide(x0 + model.per_example(sigma, x0) * noise, sigma, labels)
             guided_target = target + (1 - 1 / c.guided_targets) * (D - D_guide)
-            network_loss = model.per_example_loss(D_x, guided_target, sigma)
-        if c.kind != "tree":
-            # The loss stands twice: the network learns from its target with u fixed, u learns from the loss
-            # against x0 with the network fixed, so that no target moves the weighting of the noise levels.
-            u = denoiser.u(sigma)
-            loss_against_x0 = model.per_example_loss(D, x0, sigma)
-            network_loss = network_loss / u.detach().exp() + loss_against_x0 / u.exp() + u
-        return (weight * network_loss).mean(), losses.detach()
+            network_term = model.per_example_loss(D_x, guided_target, sigma)
+        if c.kind == "tree":
+            return (weight * network_term).mean(), losses.detach()
+
+        # loss / e^u + u, as loss(D; target) / e^sg(u) + (loss(sg(D); x0) / e^u + u): u learns from the loss
+        # against x0, so that no target moves the weighting of the noise levels.
+        u = denoiser.u(sigma)
+        network_term = network_term / u.detach().exp()
+        uncertainty_term = model.per_example_loss(D, x0, sigma) / u.exp() + u
+        return (weight * (network_term + uncertainty_term)).mean(), losses.detach()
     return model.accelerate(objective, c.device, c.bf16, c.compile)
 
 
@@ -742,12 +540,6 @@ def backward(objective, batch, weight, micro_batch=None):
         (mean * share).backward()
         losses.append(micro_losses)
     return torch.cat(losses)
-
-
-def seed_dropout(c, step):
-    """Make dropout a function of (seed, step), too."""
-    if c.dropout > 0:
-        torch.manual_seed(process_stream(c, step, "dropout").initial_seed())
 
 
 def make_losses(c, network):
@@ -775,18 +567,6 @@ def frozen_copy(denoiser):
 # ------------------------------------------------------------------------------------------------------------
 # The selectors: uniform batches of b, and JEST on super-batches of B. AJEST's reference is the guide.
 
-def reference_of(c, denoiser, ema, guide):
-    """The network that scores are taken against: the guide, a checkpoint, or the learner's average."""
-    if c.selector == "ajest":
-        return guide
-    if c.reference:
-        return load_matching(c.reference, c)
-    reference = frozen_copy(denoiser)
-    for parameter, mean in zip(reference.parameters(), ema.averages[c.ema[0]]):
-        parameter.data = mean                                   # shared: it moves with the average
-    return reference
-
-
 def make_selectors(c, dataset, denoiser, ema, examples, guide):
     """-> (select.Uniform for steps that do not select; select.Jest for steps that do, None if none does)."""
     make_batches = functools.partial(
@@ -797,9 +577,14 @@ def make_selectors(c, dataset, denoiser, ema, examples, guide):
         return select.Uniform(batches), None
     super_batches = make_batches(n=c.super_batch)
 
-    reference_loss = None
-    if c.selects_by_reference:
-        reference_loss = make_losses(c, reference_of(c, denoiser, ema, guide))
+    reference = guide
+    if c.reference:
+        reference = load_matching(c.reference, c)
+    elif c.selector == "jest":
+        reference = frozen_copy(denoiser)
+        for parameter, mean in zip(reference.parameters(), ema.averages[c.ema[0]]):
+            parameter.data = mean                               # shares storage with the average
+    reference_loss = make_losses(c, reference) if needs_reference(c) else None
     uncertainty = None
     if c.kind != "tree" and c.score == "root-loss":
         uncertainty = torch.no_grad()(denoiser.u)
@@ -812,35 +597,11 @@ def make_selectors(c, dataset, denoiser, ema, examples, guide):
         super_batches, make_losses(c, denoiser), reference_loss, c.batch // WORLD, make_generator,
         chunks=c.chunks, joint=c.joint, debias=c.debias, uncertainty=uncertainty,
         score=c.score, invert=c.invert, gain=c.gain)
-    after = super_batches if c.after == "full" else batches
-    return select.Uniform(after), jest
+    return select.Uniform(super_batches if c.after == "full" else batches), jest
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The guide: one network serves as AJEST's reference, in guided targets and in guided samples. A snapshot is a
-# copy of the learner, into which the learner's average is copied at the snapshot's step.
-
-def guide_is_ready(c, progress):
-    """Whether there is a guide at this point of the run: before its step, the snapshot is none."""
-    return c.guide != "none" and (c.guide != "snapshot" or progress["snapshot"])
-
-
-def load_guide(c, folder, guide_path, denoiser, progress):
-    """-> (the guide, None where the run needs none; the path of its checkpoint, None before the snapshot)."""
-    if c.guide == "snapshot" and not progress["snapshot"]:
-        return frozen_copy(denoiser), None                      # the average is copied into it later
-    if c.guide == "snapshot":
-        guide_path = folder / "guide.pt"
-    if c.guide == "none" or not needs_guide(c):
-        return None, guide_path
-    try:
-        return load_matching(guide_path, c), guide_path
-    except data.DataError as error:
-        raise data.DataError(f"{error} ({without_guide(c)})") from None
-
-
-# ------------------------------------------------------------------------------------------------------------
-# What a training step updates: the network, its averages, and for the proxy the class weights.
+# What a training step updates: the network and its averages.
 
 def learning_rate(c, step):
     """Inverse square root after `lr_decay` steps, after a linear warm-up (EDM2 eq. 67)."""
@@ -854,33 +615,29 @@ class Learner:
     def __init__(self, c):
         self.c = c
         torch.manual_seed(data.stream(c.seed, 0, "init").initial_seed())
-        denoiser = model.build(model_config(c)).to(c.device)
-        self.denoiser = denoiser.to(memory_format=torch.channels_last)
-        self.parameters = list(denoiser.parameters())
+        self.denoiser = model.build(vars(c)).to(c.device).to(memory_format=torch.channels_last)
+        self.parameters = list(self.denoiser.parameters())
 
         # EDM2 projects its weights to unit norm after each step. Compiled, this takes few launches on a GPU.
         self.project = model.project
         self.make_finite = model.make_finite
-        self.projected_weights = model.projected_weights(denoiser)
+        self.projected_weights = model.projected_weights(self.denoiser)
         if c.compile and self.projected_weights:
             options = {"combo_kernels": True}
             self.project = torch.compile(model.project, options=options)
             self.make_finite = torch.compile(model.make_finite, options=options)
         self.project(self.projected_weights)
-        self.ema = model.PowerEMA(denoiser, c.ema)
-        self.average_network = None
+        self.ema = model.PowerEMA(self.denoiser, c.ema)
+        self.average_network = frozen_copy(self.denoiser)       # one object, which is compiled once
 
         # EDM2 sums the loss over the D dimensions of an example, with eps 1e-8. This loss averages over them,
         # so its gradients are D times smaller, and so is eps. The tree's official toy averages, with 1e-8.
-        eps = 1e-8
-        if c.kind != "tree":
-            eps = 1e-8 / math.prod(c.shape)
-        self.optimizer = torch.optim.Adam(self.parameters, lr=c.lr, betas=(0.9, 0.99), eps=eps, fused=True)
+        dimensions = 1 if c.kind == "tree" else math.prod(c.shape)
+        self.optimizer = torch.optim.Adam(
+            self.parameters, lr=c.lr, betas=(0.9, 0.99), eps=1e-8 / dimensions, fused=True)
 
     def averaged(self):
-        """The network with its averaged weights; the same object each time, which is compiled once."""
-        if self.average_network is None:
-            self.average_network = frozen_copy(self.denoiser)
+        """The network with its averaged weights; the same object each time."""
         self.ema.copy_to(self.average_network, self.c.ema[0])
         return self.average_network
 
@@ -896,214 +653,217 @@ class Learner:
         self.ema.update(step + 1)
 
 
-class ClassWeightSearch:
-    """Group DRO over the classes. The learner is the proxy: its losses are compared with a reference's."""
-
-    def __init__(self, c, dataset, examples, reference_path):
-        self.c = c
-        self.reference_path = reference_path
-        self.dro = data.GroupDRO(c.classes, c.eta).to(c.device)
-        self.counts = data.class_counts(dataset, examples).to(c.device).clamp(min=1)
-        self.reference_loss = make_losses(c, load_matching(reference_path, c))
-
-    def weights(self):
-        """The weights [classes] of this step's loss, with mean 1 over the examples. A class's alpha is its
-        share of the loss, so it is divided by the number of its examples."""
-        return data.class_weights_of_mean_one(self.dro.alpha / self.counts, self.counts)
-
-    def update(self, losses, batch):
-        """Learn from the proxy's losses [b] on this batch."""
-        excess = losses - self.reference_loss(batch)
-        totals = self.dro.totals(excess, batch.labels % self.c.classes)
-        average([totals])
-        self.dro.update(WORLD * totals)                         # the sum over the processes
-
-    def write(self, folder):
-        """Write class_weights.json: the weights of the mean alpha, and what finding them cost."""
-        weights = data.class_weights_of_mean_one(self.dro.mean_alpha / self.counts, self.counts)
-        costs = [cost_of(folder / "checkpoint.pt"), cost_of(self.reference_path)]
-        seconds, examples = add_costs(costs)
-        path = folder / "class_weights.json"
-        data.write_class_weights(path, self.c.class_names, weights, seconds, examples)
-
-
 # ------------------------------------------------------------------------------------------------------------
-# Log lines.
+# Time and log lines.
 
-def is_multiple(step, every):
-    """Whether this step is a multiple of `every`; never for None or step 0."""
-    return every is not None and step > 0 and step % every == 0
+class Stopwatch:
+    """Seconds of training. Reading it waits for the device, so it is read at log lines only."""
 
+    def __init__(self, seconds):
+        self.start = time.monotonic() - seconds
 
-def is_log_step(c, step):
-    """Whether a log line is written after this step. Every evaluation has one before it."""
-    return step == c.steps or is_multiple(step, c.log_every) or is_multiple(step, c.eval_every)
+    def read(self):
+        """The seconds, after the device has finished its work."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.monotonic() - self.start
 
-
-def is_eval_step(c, step):
-    """Whether the network is evaluated after this step."""
-    return step == c.steps or is_multiple(step, c.eval_every)
-
-
-class LossMonitor:
-    """The mean loss since the last log line. Ends the run if it is not finite at two lines in a row."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        self.losses = []
-        self.bad_lines = 0                                      # the latest lines whose loss was not finite
-
-    def add(self, losses):
-        """Take in the losses [b] of a step, without waiting for the device."""
-        self.losses.append(losses.mean())
-
-    def mean(self, step, last):
-        """The mean over steps and processes, a number. DataError where training has diverged."""
-        loss = torch.stack(self.losses).mean()
-        self.losses = []
-        average([loss])
-        loss = loss.item()
-        self.bad_lines = 0 if math.isfinite(loss) else self.bad_lines + 1
-        if self.bad_lines == 2 or (self.bad_lines == 1 and last):
-            kept = ""
-            if (self.folder / "checkpoint.pt").exists():
-                kept = "; the checkpoint of the last finite loss is kept"
-            raise data.DataError(f"{self.folder}: the loss is {loss} at step {step}: give --no-bf16, or a "
-                                 f"lower --lr with another --out{kept}")
-        return loss
+    @contextlib.contextmanager
+    def paused(self, condition=True):
+        """Leave out what happens inside, such as an evaluation, if the condition holds."""
+        if not condition:
+            yield
+            return
+        before = self.read()
+        yield
+        self.start += self.read() - before
 
 
-def learner_is_behind(jest):
-    """Whether the learner's mean loss on the last super-batch exceeds the reference's."""
+def due(step, every, last=None):
+    """Whether something that happens every so many steps (None: never), and after the last, happens now."""
+    return step == last or (every is not None and step > 0 and step % every == 0)
+
+
+def mean_loss(losses):
+    """The mean of a list of tensors [] over steps and processes, a number."""
+    mean = torch.stack(losses).mean()
+    average([mean])
+    return mean.item()
+
+
+def learner_is_ahead(jest):
+    """Whether the learner's mean loss on the last super-batch is below the reference's."""
     excess = jest.mean_excess.clone()
     average([excess])
-    return excess.item() > 0
+    return excess.item() <= 0                                   # False where no loss was finite
 
 
-def show_progress(name, c, progress, loss):
-    """Show the progress line, with the time left as estimated from the steps so far."""
-    if RANK > 0:
-        return
-    step = progress["step"]
-    milliseconds = 1000 * progress["seconds"] / step
-    left = round(milliseconds * (c.steps - step) / 1000)
-    memory = ""
+def score_statistics(jest):
+    """What the log says of the scores of the last super-batch, averaged over the processes."""
+    statistics = jest.score_statistics()
+    average([statistics])
+    return dict(zip(("score_mean", "score_std", "score_chosen"), statistics.tolist()))
+
+
+def show_progress(c, step, loss, milliseconds, statistics):
+    """Show the progress line, with the time left at the speed since the last one."""
+    words = f"{Path(c.out).name}: step {step}/{c.steps}  loss {loss:.4f}  {milliseconds:.3g} ms/step"
+    end = c.steps
+    if statistics:
+        words += f"  chosen {statistics['score_chosen'] - statistics['score_mean']:+.3g}"
+        end = c.early_steps or c.steps
     if c.device.startswith("cuda"):
-        memory = f"  {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB"
-    data.progress(f"{name}: step {step}/{c.steps}  loss {loss:.4f}  {milliseconds:.3g} ms/step{memory}  "
-                  f"{left // 60}:{left % 60:02d} left", last=step == c.steps)
+        words += f"  {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB"
+    left = round(milliseconds * (end - step) / 1000)
+    words += f"  {left // 60}:{left % 60:02d} left"
+    if end < c.steps:
+        words += " of the selection"
+    if RANK == 0:
+        data.progress(words, last=step in (1, c.steps))
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Training.
 
-def train(
-    c,                      # settings
-    dataset,                # data.Dataset or data.Tree, on its device
-    folder,                 # run folder; where it holds a checkpoint, the run goes on
-    examples=None,          # sorted indices to train on; None = all
-    guide_path=None,        # the guide's checkpoint; None = there is none, or it is the snapshot
-    class_weights=None,     # of the loss [classes]; None = 1
-    dro_reference=None,     # checkpoint: find class weights by group DRO against it
-    evaluation=None,        # fid.Evaluation: called every eval_every steps and at the end
-    cost=(0.0, 0),          # seconds and examples spent on what this run needs
-):
-    """Train until c.steps are done; writes checkpoint.pt and log.jsonl to `folder`."""
+def train(c, dataset, folder, examples=None, guide_path=None, class_weights=None, dro_reference=None,
+          evaluation=None, costs=()):
+    """Train until c.steps are done, from the checkpoint in `folder` if it has one; writes it and log.jsonl.
+
+    examples        sorted indices to train on; None = all
+    guide_path      the guide's checkpoint; None = there is none, or it is the snapshot
+    class_weights   of the loss [classes]; None = 1
+    dro_reference   checkpoint: find class weights by group DRO against it, and return them, not normalized
+    evaluation      fid.Evaluation: called every c.eval_every steps and at the end
+    costs           (seconds, examples) of each thing that this run needs
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "checkpoint.pt"
     learner = Learner(c)
     denoiser, ema = learner.denoiser, learner.ema
     state = dict(model=denoiser, ema=ema, optimizer=learner.optimizer)
-    search = None                                               # of class weights, where this is the proxy
     if dro_reference is not None:
-        search = ClassWeightSearch(c, dataset, examples, dro_reference)
-        state["dro"] = search.dro
+        dro = data.GroupDRO(len(c.class_names), c.eta).to(c.device)
+        counts = data.class_counts(dataset, examples).to(c.device).clamp(min=1)
+        reference_loss = make_losses(c, load_matching(dro_reference, c))
+        state["dro"] = dro
 
     # Resume where the folder holds a checkpoint.
-    progress = new_progress(cost)
+    progress = new_progress(costs)
     log = []
-    saved_config = None
     if path.exists():
-        progress, log, saved_config = restore(path, c, state)
-    guide, guide_path = load_guide(c, folder, guide_path, denoiser, progress)
-    if saved_config is not None and saved_config != model_config(c, guide_path):
+        progress, log = restore(path, c, state)
+        what = "trained before" if progress["step"] == c.steps else "resumed"
+        data.say(f"{folder.name}: {what} at step {progress['step']:,}")
+    if c.guide == "snapshot" and progress["step"] >= c.guide_steps:
+        guide_path = folder / "guide.pt"
+    guide = None                                                # until there is one
+    if guide_path is not None and guide_is_needed(c):
+        guide = load_matching(guide_path, c)
+    if path.exists():
         save(path, c, state, progress, log, guide_path)         # sample.py reads a changed --guidance
 
     # Objectives, selectors, clock.
     objective = make_objective(c, denoiser)
-    guided_objective = make_objective(c, denoiser, guide)       # used once there is a guide, with W > 1
+    guided_objective = make_objective(c, denoiser, guide)
     uniform, jest = make_selectors(c, dataset, denoiser, ema, examples, guide)
-    monitor = LossMonitor(folder)
-    clock = Stopwatch(torch.device(c.device), progress["seconds"], c.compile)
+    clock = Stopwatch(progress["seconds"])
     last_save = time.monotonic()
+    compiled = set()                                            # graphs that have run
+    losses_to_log = []
+    first_step = progress["step"]
+    bad_lines = 0                                               # latest log lines whose loss was not finite
 
     for step in range(progress["step"], c.steps + 1):
 
-        # Evaluate what the steps so far have made, unless the log has it (from a start that was interrupted).
-        has_guide = guide_is_ready(c, progress)
-        if evaluation is not None and is_eval_step(c, step) and monitor.bad_lines == 0:
-            guidance = c.guidance if has_guide else 1.0
-            if not evaluation.is_logged(log, step, guidance):
-                with clock.paused():
+        # Evaluate what the steps so far have made, unless the log has it: so this is redone after a stop.
+        if evaluation is not None and due(step, c.eval_every, c.steps) and bad_lines == 0:
+            guidance = 1.0 if guide is None else c.guidance
+            with clock.paused():
+                if not evaluation.is_logged(log, step, guidance):
                     save(path, c, state, progress, log, guide_path)
                     log += evaluation(learner.averaged(), guide if guidance != 1 else None, progress)
                     save(path, c, state, progress, log, guide_path)
-            evaluation.print_metrics(log, step, guidance)
+                evaluation.show(log, step, guidance)
         if step == c.steps:
             break
+        data.signals.held = WORLD == 1                          # a signal waits for the end of the step
 
-        # The batch: drawn at random, or chosen by JEST from a super-batch.
-        selecting = jest is not None and progress["selecting"] and not 0 < c.early_steps <= step
-        guided = c.guided_targets != 1 and has_guide
-        clock.begin_step((selecting, guided))
-        selector = jest if selecting else uniform
-        batch, weight = selector(step)
+        # The batch: drawn at random, or chosen by JEST from a super-batch. A step that compiles is not timed.
+        selecting = jest is not None and not progress["ahead"] and not 0 < c.early_steps <= step
+        guided = c.guided_targets != 1 and guide is not None
+        compiles = c.compile and (selecting, guided) not in compiled
+        compiled.add((selecting, guided))
+        with clock.paused(compiles):
+            selector = jest if selecting else uniform
+            batch, weight = selector(step)
 
-        # Class weights, fixed or found so far by group DRO.
-        if search is not None:
-            class_weights = search.weights()
-        if class_weights is not None:
-            weight = weight * class_weights[batch.labels % c.classes]
+            # Class weights, given or found so far by group DRO: alpha is a class's share of the loss.
+            if dro_reference is not None:
+                class_weights = data.class_weights_of_mean_one(dro.alpha / counts, counts)
+            if class_weights is not None:
+                weight = weight * class_weights[batch.labels % len(c.class_names)]
 
-        # Gradients, then optimizer step, projection of the weights, moving averages, group DRO.
-        seed_dropout(c, step)
-        losses = backward(guided_objective if guided else objective, batch, weight, c.micro_batch)
-        learner.update(step)
-        if search is not None:
-            search.update(losses, batch)
-        monitor.add(losses)
+            # Gradients, then optimizer step, projection of the weights, moving averages, group DRO.
+            if c.dropout > 0:                                   # a function of (seed, step), too
+                torch.manual_seed(process_stream(c, step, "dropout").initial_seed())
+            losses = backward(guided_objective if guided else objective, batch, weight, c.micro_batch)
+            learner.update(step)
+            if dro_reference is not None:
+                totals = dro.totals(losses - reference_loss(batch), batch.labels % len(c.class_names))
+                average([totals])
+                dro.update(WORLD * totals)                      # the sum over the processes
+        losses_to_log.append(losses.mean())
         progress["step"] = step + 1
         progress["examples_trained"] += len(batch.x0) * WORLD
         progress["examples_drawn"] += selector.drawn
-        clock.end_step()
+        progress["selecting"] = selecting
 
-        # The snapshot: copy the learner's average into the guide.
+        # The snapshot: from now on the guide is a copy of the learner's average.
         if c.guide == "snapshot" and step + 1 == c.guide_steps:
-            progress["snapshot"] = True
-            progress["seconds"] = clock.read()
+            so_far = dict(progress, seconds=clock.read())
             with clock.paused():
-                ema.copy_to(guide, c.ema[0])
+                guide = frozen_copy(learner.averaged())
+                guided_objective = make_objective(c, denoiser, guide)
                 guide_path = folder / "guide.pt"
-                save(guide_path, c, dict(model=denoiser, ema=ema), progress, log)
+                save(guide_path, c, dict(model=denoiser, ema=ema), so_far, log)
 
         # Log and save. With --until-better a regular log line ends selection if the learner is ahead.
-        if is_log_step(c, step + 1):
-            last = step + 1 == c.steps
-            if selecting and c.until_better and (last or is_multiple(step + 1, c.log_every)):
-                progress["selecting"] = learner_is_behind(jest)
+        last = step + 1 == c.steps
+        is_line = last or due(step + 1, c.log_every) or due(step + 1, c.eval_every)
+        if is_line or step == first_step:
+            loss = mean_loss(losses_to_log)
+            statistics = score_statistics(jest) if selecting else {}
+            milliseconds = 1000 * (clock.read() - progress["seconds"]) / len(losses_to_log)
+            show_progress(c, step + 1, loss, milliseconds, statistics)
+        if is_line:
+            if selecting and c.until_better and due(step + 1, c.log_every):
+                progress["ahead"] = learner_is_ahead(jest)
             progress["seconds"] = clock.read()
-            loss = monitor.mean(step + 1, last)
-            log.append(dict(progress, kind="train", selecting=selecting and progress["selecting"], loss=loss,
-                            lr=learning_rate(c, step), ln_sigma=batch.sigma.log().mean().item()))
-            show_progress(folder.name, c, progress, loss)
-            if monitor.bad_lines == 0 and (last or time.monotonic() - last_save >= c.save_every):
+            log.append(dict(progress, kind="train", loss=loss, lr=learning_rate(c, step),
+                            ln_sigma=batch.sigma.log().mean().item(), **statistics))
+            losses_to_log = []
+            bad_lines = 0 if math.isfinite(loss) else bad_lines + 1
+            if bad_lines == 2 or (bad_lines == 1 and last):
+                raise data.DataError(f"{folder}: the loss is {loss} at step {step + 1}, the last checkpoint is "
+                                     "kept: give --no-bf16, or a lower --lr with another --out")
+            if bad_lines == 0 and (last or time.monotonic() - last_save >= c.save_every):
                 with clock.paused():
                     save(path, c, state, progress, log, guide_path)
                 last_save = time.monotonic()
 
-    if search is not None and RANK == 0:
-        search.write(folder)
+        # A signal that came during the step.
+        data.signals.held = False
+        if data.signals.received is not None:
+            words = f"stopped at step {step + 1}"
+            if bad_lines == 0 and losses.mean().isfinite():
+                progress["seconds"] = clock.read()
+                save(path, c, state, progress, log, guide_path)
+                words += ", saved: the same command resumes"
+            raise data.Stopped(data.signals.received, words)
+
     barrier()
+    if dro_reference is not None:
+        return (dro.mean_alpha / counts).cpu()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1116,28 +876,21 @@ SEED_OF_STAGE = {"guide": 1_000_003, "proxy": 2_000_003}        # added to --see
 
 def stage_settings(c, name, **changes):
     """The settings of a stage: a model of the guide's size on uniform batches, without guide and dropout."""
-    values = vars(c) | {setting: DEFAULTS[setting] for setting in SELECTION}
-    values |= dict(
+    values = dict(
         seed=c.seed + SEED_OF_STAGE[name], channels=c.guide_channels, batch=c.guide_batch,
         steps=c.guide_steps, dropout=0.0, selector="uniform", reference=None, guide="none",
-        guided_targets=1.0, guidance=1.0, class_weights=None, eta=DEFAULTS["eta"])
-    values["file_hashes"] = {}
-    if "prune_features" in c.file_hashes:
-        values["file_hashes"] = dict(prune_features=c.file_hashes["prune_features"])
-    return argparse.Namespace(**(values | changes))
+        guided_targets=1.0, guidance=1.0, class_weights=None, out=os.path.join(c.out, name))
+    files = dict(c.files, guide="none", reference=None, class_weights=None)
+    return argparse.Namespace(**(vars(c) | values | dict(files=files) | changes))
 
 
-def features_to_prune(c, dataset, pool):
-    """-> (features [n, d] of the examples at `pool`, seconds). Cached features keep the seconds they took."""
-    if c.prune == "random":                                     # needs no features
-        return torch.empty(len(pool), 0), 0.0
-    if c.prune_features == "pixels":
-        start = time.monotonic()
-        features = data.pixel_features(dataset, pool)
-        return features, time.monotonic() - start
-    network = fid.network(c.prune_features, c.device)
-    features, seconds = fid.data_features(network, dataset, "features of the data")
-    return features[pool], seconds
+def stage_folder(c, name):
+    """The folder of a stage. DataError where the stage was finished and its checkpoint is missing now."""
+    folder = Path(c.out, name)
+    if Path(c.out, "checkpoint.pt").exists() and not (folder / "checkpoint.pt").exists():
+        raise data.DataError(f"{folder / 'checkpoint.pt'}: missing, and this run needs it (a guide only in "
+                             "samples: --guidance 1 does without); another --out begins again")
+    return folder
 
 
 def choose_examples(c, dataset, folder):
@@ -1148,101 +901,46 @@ def choose_examples(c, dataset, folder):
     pool, held_out = data.split_pool(dataset, c.holdout, c.imbalance, c.seed)
     if c.keep is None:
         return pool, pool, held_out, 0.0
-    features, feature_seconds = features_to_prune(c, dataset, pool)
+    features = torch.empty(len(pool), 0)                        # random pruning needs none
+    feature_seconds = 0.0
     start = time.monotonic()
-    labels = None
-    if dataset.labels is not None:
-        labels = dataset.labels[pool]
+    if c.prune != "random" and c.prune_features == "pixels":
+        features = data.pixel_features(dataset, pool)
+    elif c.prune != "random":                                   # cached with the seconds that they took
+        network = fid.network(c.prune_features, c.device)
+        features, feature_seconds = fid.data_features(network, dataset)
+        features = features[pool]
+        start = time.monotonic()
+    labels = None if dataset.labels is None else dataset.labels[pool]
     priority = data.priorities(features, labels, c.prune, seed=c.seed)
     kept = data.prune(priority, labels, c.keep)                 # positions in the pool
     seconds = feature_seconds + time.monotonic() - start
     if RANK == 0:
-        picture = data.coreset_picture(dataset, pool, priority, kept)
         with data.writing(folder / "coreset.png") as file:
-            picture.save(file, format="PNG")
+            data.coreset_picture(dataset, pool, priority, kept).save(file, format="PNG")
     return pool, pool[kept], held_out, seconds
 
 
-@contextlib.contextmanager
-def locked(folder):
-    """Lock the run folder while the block runs; DataError where another process trains in it. The lock ends
-    with the process, even if that is killed. Without fcntl (Windows) nothing is locked."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if fcntl is None or RANK > 0:
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise data.DataError(f"{folder}: another process trains in this folder") from None
-        yield
-    finally:
-        os.close(handle)
-
-
-def open_given_files(c):
-    """Open the files that were given, so that a bad one is refused before anything is trained."""
-    if c.reference:
-        load_matching(file_named_by(c, "reference"), c)
-    guide_path = file_named_by(c, "guide")
-    if guide_path is not None and needs_guide(c):
-        load_matching(guide_path, c)
-    weights_path = file_named_by(c, "class_weights")
-    if weights_path is not None:
-        data.read_class_weights(weights_path, c.class_names)
-
-
-def is_lost(folder, stage):
-    """Whether a stage is gone that was there before the model of this run folder was trained."""
-    return (folder / "checkpoint.pt").exists() and not (folder / stage / "checkpoint.pt").exists()
-
-
-def train_guide(c, dataset, folder, pool, examples):
-    """-> the checkpoint of a guide that is trained on the run's examples; None where it is gone and not
-    needed. With group DRO it is the reference, too, and sees the whole pool."""
-    path = folder / "guide" / "checkpoint.pt"
-    if is_lost(folder, "guide"):
-        if needs_guide(c):
-            raise data.DataError(f"{path}: the guide of this run is gone ({without_guide(c)})")
-        return None
-    if c.class_weights == "dro":
-        train(stage_settings(c, "guide", keep=None), dataset, folder / "guide", pool)
-    else:
-        train(stage_settings(c, "guide"), dataset, folder / "guide", examples)
-    return path
-
-
 def find_class_weights(c, dataset, folder, examples, reference_path):
-    """-> (weights of the loss [classes], of mean 1 over the examples; what finding them cost). With dro a
-    proxy is trained, which finds them against the reference."""
+    """-> (weights of the loss [classes], of mean 1 over the examples, or None; what finding them cost). With
+    dro a proxy is trained, which finds them against the reference."""
     if c.class_weights is None:
         return None, (0.0, 0)
     counts = data.class_counts(dataset, examples)
-    if c.class_weights == "inverse":
-        weights = data.inverse_frequency(counts)
-        cost = (0.0, 0)
+    cost = (0.0, 0)
+    if c.class_weights == "dro":
+        proxy = stage_folder(c, "proxy")
+        weights = train(stage_settings(c, "proxy"), dataset, proxy, examples, dro_reference=reference_path,
+                        costs=[cost_of(reference_path)])
+        cost = cost_of(proxy / "checkpoint.pt")
+    elif c.class_weights == "inverse":
+        weights = 1 / counts.clamp(min=1)
     else:
-        path = c.class_weights
-        if path == "dro":
-            if is_lost(folder, "proxy"):
-                raise data.DataError(f"{folder}/proxy: the proxy of this run is gone (another --out starts "
-                                     "anew)")
-            proxy_settings = stage_settings(c, "proxy", eta=c.eta)
-            train(proxy_settings, dataset, folder / "proxy", examples, dro_reference=reference_path)
-            path = folder / "proxy" / "class_weights.json"
-        weights, seconds, examples_trained = data.read_class_weights(path, c.class_names)
-        cost = (seconds, examples_trained)                      # of the proxy and of its reference
-    return data.class_weights_of_mean_one(weights, counts).to(c.device), cost
-
-
-def write_config(c, folder):
-    """Write the settings for people: all to config.json, some to stderr."""
-    with data.writing(folder / "config.json") as file:
-        file.write(json.dumps(vars(c), indent=1).encode())
-    data.say(f"{folder}: {c.channels} channels, {c.steps:,} steps of {c.batch}, {c.selector} batches, "
-             f"guide {c.guide}, {c.eval_samples:,} samples scored")
+        weights, cost = data.read_class_weights(c.class_weights, c.class_names)
+    weights = data.class_weights_of_mean_one(weights, counts)
+    if c.class_weights == "dro" and RANK == 0:                  # for people, and for --class-weights FILE
+        data.write_class_weights(folder / "class_weights.json", c.class_names, weights, cost)
+    return weights.to(c.device), cost
 
 
 def run_stages(c, dataset, folder):
@@ -1253,53 +951,70 @@ def run_stages(c, dataset, folder):
         evaluation = fid.Evaluation(c, dataset, folder, held_out)
     if RANK == 0:
         barrier()                                               # the others read the caches that it filled
-    open_given_files(c)
+    if is_file(c.class_weights):                                # before anything is trained
+        data.read_class_weights(c.class_weights, c.class_names)
     if RANK == 0:
-        write_config(c, folder)
+        with data.writing(folder / "config.json") as file:
+            file.write(json.dumps(vars(c), indent=1).encode())
+        data.say(f"{folder}: {c.channels} channels, {c.steps:,} steps of {c.batch}, {c.selector} batches, "
+                 f"guide {c.guide}, {c.eval_samples:,} samples scored")
 
-    # What else is trained for the model.
-    guide_path = file_named_by(c, "guide")
-    if c.guide == "train":
-        guide_path = train_guide(c, dataset, folder, pool, examples)
+    # What else is trained for the model. With group DRO the guide is the reference, too: it sees the pool.
+    guide_path = None
+    if is_file(c.guide):
+        guide_path = model.checkpoint_of(c.guide)
+    elif c.guide == "train" and guide_is_needed(c):
+        guide = stage_folder(c, "guide")
+        guide_path = guide / "checkpoint.pt"
+        if c.class_weights == "dro":
+            train(stage_settings(c, "guide", keep=None), dataset, guide, pool)
+        else:
+            train(stage_settings(c, "guide"), dataset, guide, examples)
     class_weights, weights_cost = find_class_weights(c, dataset, folder, examples, guide_path)
 
     # What it cost. A guide that is used only in sampling counts only for guided samples. With dro the guide's
     # cost is in that of the class weights.
     costs = [(prune_seconds, 0), weights_cost]
-    trained_with = set()
     if c.reference:
-        trained_with.add(file_named_by(c, "reference"))
-    if c.class_weights != "dro" and guide_path is not None:
-        if needs_guide_to_train(c):
-            trained_with.add(guide_path)
+        costs.append(cost_of(c.reference))
+    if guide_path is not None and c.class_weights != "dro":
+        if guide_is_needed_to_train(c):
+            costs.append(cost_of(guide_path))
         elif evaluation is not None and c.guidance != 1:
-            evaluation.guide_costs = cost_of(guide_path)
-    costs += [cost_of(path) for path in trained_with]
-
-    train(c, dataset, folder, examples, guide_path, class_weights,
-          evaluation=evaluation, cost=add_costs(costs))
+            evaluation.guide_cost = cost_of(guide_path)
+    train(c, dataset, folder, examples, guide_path, class_weights, evaluation=evaluation, costs=costs)
     if RANK == 0:
-        names = sorted(path.name for path in folder.iterdir())
+        names = sorted(path.name for path in folder.iterdir() if path.name != ".lock")
         data.say(f"wrote {folder}/: {', '.join(names)}", file=sys.stdout)
+
+
+def locked(folder):
+    """A file that is locked while it is open, until the process ends; DataError where another process trains
+    in this folder. Without fcntl (Windows) nothing is locked."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "w")
+    try:
+        if fcntl is not None and RANK == 0:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise data.DataError(f"{folder}: another process trains in this folder") from None
+    return file
 
 
 def main(argv=None):
     """Train as the flags say, and resume where the run folder holds a checkpoint."""
-    typed = typed_flags(argv)
-    join(typed.get("device", DEFAULTS["device"]))
-    if RANK > 0:
-        barrier()                                               # until process 0 has filled the caches
-    c, dataset = settings(typed)
+    c, dataset = settings(argv)
     if c.kind == "tree" and c.device == "cpu":
-        torch.set_num_threads(1)                                # its matrices are too small for two
+        torch.set_num_threads(1)                                # one thread is faster for matrices this small
     folder = Path(c.out)
     with locked(folder):
         if RANK == 0:
-            data.remove_leftovers(folder)
+            for leftover in folder.rglob("*.tmp"):              # of a process that was killed
+                leftover.unlink()
         run_stages(c, dataset, folder)
     if WORLD > 1:
         torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    data.command(main, "give --micro-batch, else a smaller --batch with another --out, or --device cpu")
+    data.command(main, "stopped: the same command resumes")

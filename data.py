@@ -43,13 +43,15 @@ class Tree:
     kind = "tree"
     shape = (2,)
     class_names = ()
+    mean = ()
+    std = ()
 
     def __init__(self, device="cpu"):
         self.device = torch.device(device)
         branches = _grow(np.random.RandomState(2), np.array([0.0030, 0.0325]), np.pi / 4)
-        weight = np.array([branch.weight for branch in branches])                       # [K]
-        mean = np.stack([branch.mean for branch in branches])                           # [K, 8, 2]
-        cov = np.stack([branch.cov for branch in branches])                             # [K, 2, 2]
+        weight = np.array([weight for weight, _, _ in branches])                        # [K]
+        mean = np.stack([mean for _, mean, _ in branches])                              # [K, 8, 2]
+        cov = np.stack([cov for _, _, cov in branches])                                 # [K, 2, 2]
         weight = weight / (8 * weight.sum())                    # of each of a branch's eight Gaussians
         lam, axes = np.linalg.eigh(cov)                         # cov = axes diag(lam) axes^T
         middle = mean.mean(1)                                   # [K, 2]
@@ -85,23 +87,10 @@ class Tree:
         z = radius[:, None] * torch.stack([angle.cos(), angle.sin()], dim=1)            # [n, 2] normal
         return tensors["mean"][index] + (tensors["root"][index] * z[:, None, :]).sum(2)
 
-    def _evaluate(self, x, sigma):
-        """Log-density [n] and its gradient [n, 2] at x [n, 2]; sigma is a number or [n]."""
-        sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).reshape(-1, 1)
-        square = sigma.expand(len(x), 1) ** 2
-        tau = torch.linspace(-1, 1, 8, dtype=x.dtype, device=x.device)
-        powers = torch.stack([torch.ones_like(tau), tau, -tau.square() / 2], dim=1)     # [8, 3]
-        rows = 128 if x.device.type == "cpu" else 32768         # 128 fit a CPU's cache
-        logp = []
-        score = []
-        for x_rows, square_rows in zip(x.split(rows), square.split(rows)):
-            logp_rows, score_rows = self._evaluate_rows(x_rows, square_rows, powers)
-            logp.append(logp_rows)
-            score.append(score_rows)
-        return torch.cat(logp)[:, 0], torch.cat(score)
-
-    def _evaluate_rows(self, x, square, powers):
-        """Log-density [n, 1] and its gradient [n, 2] at x [n, 2] for squared noise levels [n, 1].
+    @torch.no_grad()
+    def evaluate(self, x, sigma=0):
+        """Log-density [n] and its gradient [n, 2] at x [n, 2] of the tree convolved with N(0, sigma^2 I);
+        sigma is a number or [n].
 
         Along a branch's own axes the covariance plus sigma^2 I is diagonal, and its eight Gaussians share it.
         They lie at middle + tau half, tau = -1 ... 1, so their exponents are base + B tau - C tau^2 / 2 with
@@ -110,30 +99,36 @@ class Tree:
         tensors = self.tensors[x.dtype]
         axes = tensors["axes"]
         half = tensors["half"]
-        a = x @ axes - tensors["middle"]                                                # [axis, n, K]
-        precision = (tensors["lam"] + square).reciprocal()                              # [axis, n, K]
-        pull = precision * a
-        slope = precision * half
-        base = tensors["log_weight"] + 0.5 * (precision.prod(0).log() - (pull * a).sum(0))
-        base_B_C = torch.stack([base, (pull * half).sum(0), (slope * half).sum(0)])
-        exponent = (powers / math.log(2) @ base_B_C.flatten(1)).view(8, *base.shape)    # [8, n, K], base 2
-        most = exponent.amax(0).amax(1, keepdim=True)                                   # [n, 1]
-        share = exponent.sub_(most).clamp_(min=-115).exp2_()    # the clamp avoids underflow, which is slow
-        S0, S1 = (powers[:, :2].T @ share.flatten(1)).view(2, *base.shape)      # sums of share, share tau
-        total = S0.sum(1, keepdim=True)
-        logp = (most + total.log2()) * math.log(2) - math.log(2 * math.pi)
-        score = (axes @ (slope * S1 - pull * S0).mT).sum(0).mT / total
-        return logp, score
+        sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).reshape(-1, 1)
+        square = sigma.expand(len(x), 1) ** 2
+        tau = torch.linspace(-1, 1, 8, dtype=x.dtype, device=x.device)
+        powers = torch.stack([torch.ones_like(tau), tau, -tau.square() / 2], dim=1)     # [8, 3]
+        rows = 128 if x.device.type == "cpu" else 32768         # 128 fit a CPU's cache
+        logp = []
+        score = []
+        for x_rows, square_rows in zip(x.split(rows), square.split(rows)):
+            a = x_rows @ axes - tensors["middle"]                                       # [axis, n, K]
+            precision = (tensors["lam"] + square_rows).reciprocal()                     # [axis, n, K]
+            pull = precision * a
+            slope = precision * half
+            base = tensors["log_weight"] + 0.5 * (precision.prod(0).log() - (pull * a).sum(0))
+            base_B_C = torch.stack([base, (pull * half).sum(0), (slope * half).sum(0)])
+            exponent = (powers / math.log(2) @ base_B_C.flatten(1)).view(8, *base.shape)        # base 2
+            most = exponent.amax(0).amax(1, keepdim=True)                               # [n, 1]
+            share = exponent.sub_(most).clamp_(min=-115).exp2_()        # the clamp avoids slow underflow
+            S0, S1 = (powers[:, :2].T @ share.flatten(1)).view(2, *base.shape)  # sums of share, share tau
+            total = S0.sum(1, keepdim=True)
+            logp.append((most + total.log2()) * math.log(2) - math.log(2 * math.pi))
+            score.append((axes @ (slope * S1 - pull * S0).mT).sum(0).mT / total)
+        return torch.cat(logp)[:, 0], torch.cat(score)
 
-    @torch.no_grad()
     def logp(self, x, sigma=0):
-        """Log-density [n] at x [n, 2] of the tree convolved with N(0, sigma^2 I); sigma a number or [n]."""
-        return self._evaluate(x, sigma)[0]
+        """Log-density [n] at x [n, 2]."""
+        return self.evaluate(x, sigma)[0]
 
-    @torch.no_grad()
     def score(self, x, sigma=0):
         """Gradient of `logp` with respect to x: [n, 2]."""
-        return self._evaluate(x, sigma)[1]
+        return self.evaluate(x, sigma)[1]
 
     def denoise(self, x, sigma, labels=None):
         """The exact denoiser E[x0 | x] = x + sigma^2 score(x; sigma) (EDM, eq. 3): [n, 2]."""
@@ -141,18 +136,10 @@ class Tree:
         return x + square * self.score(x, sigma)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# A branch of the tree and everything that grows from it: eight Gaussians along a line, then two child
-# branches, each grown to its end before the next. The order of the random draws is part of the definition.
-
-class _Branch(typing.NamedTuple):
-    weight: float
-    mean: np.ndarray                            # [8, 2]
-    cov: np.ndarray                             # [2, 2], shared by the eight
-
-
 def _grow(random, position, angle, depth=0):
-    """The branch that starts at `position` [2] with this angle and all that grow from it, as one list."""
+    """The branch that starts at `position` [2] with this angle and all that grow from it, as one list of
+    (weight, mean [8, 2], covariance [2, 2] that the eight Gaussians share). Each of a branch's two children
+    is grown to its end before the next: the order of the random draws is part of the definition."""
     scale = np.array([1.3136, 1.3844])
     u = np.array([np.cos(angle), np.sin(angle)])
     length = 0.292 * 0.8 ** depth * (0.2 * random.randn() + 1)
@@ -161,7 +148,7 @@ def _grow(random, position, angle, depth=0):
     t = np.linspace(0.07, 0.93, 8)
     mean = (position + u * length * t[:, None]) * scale
     cov = (np.outer(u, u) + h ** 2 * (np.eye(2) - np.outer(u, u))) * np.outer(q, q)
-    branches = [_Branch(length * 0.5 ** depth, mean, cov)]
+    branches = [(length * 0.5 ** depth, mean, cov)]
     for sign in (1, -1):
         child_angle = angle + sign * 0.7 ** depth * (0.2 * random.randn() + 1)
         if depth + 1 < 7:
@@ -608,13 +595,11 @@ def _read_npz(source, size):
     x = arrays["latents"]
     if size is not None:
         raise ValueError("--size is for images, and these are latents")
-    if not np.isfinite(x).all():
-        raise ValueError("`latents` holds NaN or infinite values")
     x = x.astype(np.float16 if x.dtype.itemsize == 2 else np.float32)
     mean = arrays.get("mean", x.mean((0, 2, 3), np.float64))
     std = arrays.get("std", x.std((0, 2, 3), np.float64).clip(1e-6))
     if mean.shape != x.shape[1:2] or std.shape != x.shape[1:2] or not np.isfinite(mean / std).all():
-        raise ValueError("`mean` and `std` must be finite [C], and `std` above 0")
+        raise ValueError("`latents` must be finite, `mean` and `std` [C], and `std` above 0")
     return _make_dataset(x, labels, class_names, kind="latent", mean=mean.tolist(), std=std.tolist())
 
 
@@ -632,8 +617,6 @@ def _resize_all(x, size):
 def _make_dataset(x, labels, class_names=None, report=(), kind="image", **scaling):
     """The Dataset of arrays x [N, C, H, W] and labels [N] or None. Its classes are the labels that occur, in
     order; `class_names` [K] are those of labels 0 ... K - 1 (None: their numbers)."""
-    if x.ndim != 4 or not x.size:
-        raise ValueError(f"the examples are {list(x.shape)}, wanted [N, C, H, W]")
     if kind == "image" and (x.dtype != np.uint8 or x.shape[1] != 3):
         raise ValueError(f"`images` is {x.dtype} {list(x.shape)}, wanted uint8 [N, 3, H, W] or [N, H, W, 3]")
     x = np.ascontiguousarray(x)
@@ -1045,9 +1028,7 @@ def file_or(*words):
 
 def number(kind, interval):
     """Make an argparse type: int or float (`kind`) in an interval such as "[1, inf)", and never NaN."""
-    low, high = interval[1:-1].split(",")
-    low = float(low)
-    high = float(high)
+    low, high = map(float, interval[1:-1].split(","))
 
     def parse(text):
         """The number in `text`; ArgumentTypeError outside of the interval."""
@@ -1062,31 +1043,32 @@ def number(kind, interval):
 
 def device(text):
     """An argparse type: "cpu", "cuda" or "cuda:N". A process of several takes the GPU of its LOCAL_RANK."""
+    if text == "cpu":
+        return text
     try:
-        wanted = torch.device(text)
-        if wanted.type == "cpu":
-            return "cpu"
-        if wanted.type != "cuda":
-            raise ValueError("give cpu or cuda")
-        index = wanted.index or 0
+        index = torch.device(text).index or 0
         if int(os.environ.get("WORLD_SIZE") or 1) > 1:
             index = int(os.environ.get("LOCAL_RANK") or 0)
         torch.cuda.set_device(index)                            # before the first call that would take cuda:0
-    except (RuntimeError, AssertionError, ValueError) as error:
-        first_line = str(error).partition("\n")[0]
-        raise argparse.ArgumentTypeError(f"{text}: {first_line[:80]}") from None
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be used: {error}") from None
     return f"cuda:{index}"
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """argparse's help with the text as it stands and the defaults, but for None and False."""
+
+    def _get_help_string(self, action):
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
+
+
 def parser(description, usage):
-    """An ArgumentParser without abbreviated flags, whose help shows plain defaults."""
-    class Help(argparse.ArgumentDefaultsHelpFormatter):
-        def _get_help_string(self, action):
-            if action.default is None or action.default is False:
-                return action.help
-            return super()._get_help_string(action)
+    """An ArgumentParser without abbreviated flags."""
+    usage = f"%(prog)s {usage}"
     return argparse.ArgumentParser(
-        description=description, usage=f"%(prog)s {usage}", allow_abbrev=False, formatter_class=Help)
+        description=description, usage=usage, allow_abbrev=False, formatter_class=Help)
 
 
 # ------------------------------------------------------------------------------------------------------------

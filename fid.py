@@ -1,33 +1,31 @@
 """Metrics of samples, the evaluation of a training run, and the comparison of runs.
 
 Fréchet Inception distance: https://arxiv.org/abs/1706.08500. Improved precision and recall:
-https://arxiv.org/abs/1904.06991. Images are always scored as uint8. The feature networks and the chart stand
-at the end of the file. To score two image sets, or to compare training runs:
+https://arxiv.org/abs/1904.06991. Images are always scored as uint8. The feature networks and the command line
+stand at the end. To score two image sets, to fit a classifier for its features, or to compare training runs:
 
     python fid.py REAL FAKE --features inception
+    python fid.py --fit features.pt DATA
     python fid.py --compare runs/uniform-s0 runs/uniform-s1 runs/ajest-s0 runs/ajest-s1
 """
+import argparse
 import functools
 import hashlib
-import itertools
 import json
 import os
 import re
 import sys
 import time
-import typing
-from html import escape
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
 
 import data
 import guide
 import model
-
-BIASED_BELOW = 2048                             # fewer images make the Fréchet distance visibly too large
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -38,17 +36,13 @@ BIASED_BELOW = 2048                             # fewer images make the Fréchet
 def moments(features):
     """(mu float64 [d], sigma float64 [d, d]) of features [n, d]. Raises DataError if n < 2."""
     if len(features) < 2:
-        raise data.DataError("only one example: a Fréchet distance needs 2 or more on each side")
+        raise data.DataError("a Fréchet distance needs 2 or more examples on each side, and this is one")
     x = features.double()
     return x.mean(0), torch.atleast_2d(torch.cov(x.T))
 
 
 def frechet(mu1, sigma1, mu2, sigma2):
-    """Fréchet distance of N(mu1 [d], sigma1 [d, d]) and N(mu2, sigma2), arrays or tensors, in float64."""
-    mu1 = torch.as_tensor(mu1).double()
-    mu2 = torch.as_tensor(mu2).double()
-    sigma1 = torch.as_tensor(sigma1).double()
-    sigma2 = torch.as_tensor(sigma2).double()
+    """Fréchet distance of N(mu1 [d], sigma1 [d, d]) and N(mu2, sigma2), all float64."""
     R, failed = torch.linalg.cholesky_ex(sigma1)
     if failed:
         values, vectors = torch.linalg.eigh(sigma1)
@@ -64,12 +58,8 @@ def frechet(mu1, sigma1, mu2, sigma2):
 # from one of that set's points than that point's k-th neighbour within its set.
 
 def precision_recall(real, fake, k=3, block=2048):
-    """(precision, recall) of features real [n, d] and fake [m, d], n and m > k, on the features' device."""
-    real = real.double()
-    fake = fake.double()
-    precision = _share_inside(fake, real, k, block)
-    recall = _share_inside(real, fake, k, block)
-    return precision, recall
+    """(precision, recall) of features real float64 [n, d] and fake [m, d], n and m > k."""
+    return _share_inside(fake, real, k, block), _share_inside(real, fake, k, block)
 
 
 def _share_inside(points, centres, k, block):
@@ -85,38 +75,26 @@ def _share_inside(points, centres, k, block):
 def image_metrics(real, fake, net_id, device="cpu", real_moments=None, most=10_000):
     """{distance, "precision", "recall"} of features real [n, d] and fake [m, d] of the network `net_id`.
 
-    Precision and recall take at most `most` examples of each set, drawn at random. They are left out if a set
-    has 3 or fewer. `real_moments` is moments(real); None = computed here. Raises DataError.
+    The distance is called FID for Inception's features alone. Precision and recall take at most `most`
+    examples of each set, drawn at random, and are left out if a set has 3 or fewer. `real_moments` is
+    moments(real); None = computed here. Raises DataError.
     """
-    if real_moments is None:
-        real_moments = moments(real)
-    metrics = {distance_name(net_id): frechet(*real_moments, *moments(fake))}
-    real_drawn = _draw(real, most).to(device)
-    fake_drawn = _draw(fake, most).to(device)
-    if min(len(real_drawn), len(fake_drawn)) > 3:
-        metrics["precision"], metrics["recall"] = precision_recall(real_drawn, fake_drawn)
+    mu, sigma = real_moments or moments(real)
+    name = "FID" if net_id.startswith("inception") else f"FD({net_id.partition(':')[0]})"
+    metrics = {name: frechet(mu, sigma, *moments(fake))}
+    drawn = []
+    for features in (real, fake):
+        order = torch.randperm(len(features), generator=data.stream(0, 0, "metrics"))
+        drawn.append(features[order[:most]].to(device).double())
+    if min(len(real), len(fake)) > 3:
+        metrics["precision"], metrics["recall"] = precision_recall(*drawn)
     return metrics
-
-
-def _draw(features, most):
-    """At most `most` of the features [n, d], in random order."""
-    order = torch.randperm(len(features), generator=data.stream(0, 0, "metrics"))
-    return features[order[:most]]
-
-
-def distance_name(net_id):
-    """The name of the Fréchet distance of a network's features; only that of Inception's is the FID."""
-    kind = net_id.partition(":")[0]
-    if kind == "inception":
-        return "FID"
-    return f"FD({kind})"
 
 
 def warn_of_few(n, source):
     """Warn on stderr if n images are few enough to bias a Fréchet distance visibly; `source` names them."""
-    if n < BIASED_BELOW:
-        data.say(f"warning: {source}: only {n} images; below {BIASED_BELOW} the distance is biased upwards, "
-                 "so compare it only with figures from as many images")
+    if n < 2048:
+        data.say(f"warning: {source}: only {n} images; below 2048 the distance is biased upwards")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -125,42 +103,33 @@ def warn_of_few(n, source):
 
 HIT_LOGP = -2.12
 CELLS = 101
-SIDE = 3.0
 
 
-def tree_metrics(points, tree, endpoints, exact_cells=None):
+def tree_metrics(points, tree, endpoints):
     """Metrics of points [n, 2] that were sampled to follow the tree's density.
 
     hit         share of the points that are hits
-    coverage    cells with a hit over cells with any point (the AJEST authors' "mandala score"). It is a share
-                of the visited cells, so a sampler that has collapsed to a few good cells scores 1
-    reached     cells with a hit over `exact_cells`, the cells that n exact points hit: about 1 for a perfect
+    coverage    cells with a hit over cells with any point (the AJEST authors' "mandala score" on a grid of
+                our own; their cells are 0.03 wide around (0.0030, 0.0325), and ours gives up to 0.016 more on
+                equal points). It is a share of the visited cells: a sampler that has collapsed scores 1
+    reached     cells with a hit over the cells that n points of the tree itself hit: about 1 for a perfect
                 sampler, near 0 for a collapsed one. It depends on n
     l2          mean distance of the first m points from `endpoints` [m, 2], where the exact denoiser's ODE
                 ends from the same noise
-
-    `exact_cells` is exact_hit_cells(tree, n); None = computed here.
     """
-    if exact_cells is None:
-        exact_cells = exact_hit_cells(tree, len(points))
+    exact = tree.sample(len(points), data.stream(0, 0, "reached", tree.device))
+    exact_cells = _cells(exact[tree.logp(exact) >= HIT_LOGP]).unique()
     hit = tree.logp(points) >= HIT_LOGP
     visited = _cells(points).unique()
     hit_cells = _cells(points[hit]).unique()
     l2 = (points[:len(endpoints)] - endpoints).norm(dim=1).mean()
     return dict(hit=hit.float().mean().item(), coverage=len(hit_cells) / max(len(visited), 1),
-                reached=len(hit_cells) / max(exact_cells, 1), l2=l2.item())
-
-
-def exact_hit_cells(tree, n):
-    """How many cells n points of the tree itself hit; the points are the same every time."""
-    points = tree.sample(n, data.stream(0, 0, "reached", tree.device))
-    hit = tree.logp(points) >= HIT_LOGP
-    return len(_cells(points[hit]).unique())
+                reached=len(hit_cells) / max(len(exact_cells), 1), l2=l2.item())
 
 
 def _cells(points):
     """The numbers int64 [<= n] of the grid cells of points [n, 2], without those outside of the grid."""
-    cell = ((points.double() / SIDE + 0.5) * CELLS).floor().long()                      # [n, 2]
+    cell = ((points.double() / 3 + 0.5) * CELLS).floor().long()                         # [n, 2]
     inside = ((cell >= 0) & (cell < CELLS)).all(1)
     return (cell[:, 0] * CELLS + cell[:, 1])[inside]
 
@@ -173,76 +142,70 @@ def score_error(denoiser, tree, n=16384, seed=0, P_mean=-2.3, P_std=1.5):
     x0 = tree.sample(n, generator)                                                      # [n, 2]
     sigma = (P_mean + P_std * torch.randn(n, generator=generator, device=x0.device)).exp()
     x = x0 + sigma[:, None] * torch.randn(n, 2, generator=generator, device=x0.device)
-    losses = []
-    for rows in data.micro_batches(n, 4096):
-        D_x = denoiser(x[rows], sigma[rows], None)
-        D_exact = tree.denoise(x[rows], sigma[rows])
-        losses.append(model.per_example_loss(D_x, D_exact, sigma[rows]))
-    return torch.cat(losses).mean().item()
+    D_x = torch.cat([denoiser(x[rows], sigma[rows], None) for rows in data.micro_batches(n, 4096)])
+    return model.per_example_loss(D_x, tree.denoise(x, sigma), sigma).mean().item()
 
 
 # ------------------------------------------------------------------------------------------------------------
-# A feature network by its name. The networks themselves stand at the end of this file.
+# A feature network by its name, and features of a set of images, computed batch by batch. Those of a data set
+# are computed once and cached.
+
+def features_name(text):
+    """An argparse type: pixels, inception, none, or own:CKPT, whose path becomes absolute."""
+    if text.startswith("own:"):
+        return f"own:{os.path.abspath(data.path(text.removeprefix('own:')))}"
+    if text not in ("pixels", "inception", "none"):
+        raise argparse.ArgumentTypeError(f"{text}: give pixels, inception or own:CKPT (of fid.py --fit CKPT)")
+    return text
+
 
 def network(name, device="cpu", weights=None):
     """The module of "inception", "own:CKPT" (a file of fid.py --fit) or "pixels" on `device`.
 
     It maps uint8 [N, 3, H, W] ("pixels" also latents) to float32 [N, d]. Its `.id` is the same for the same
     weights, whatever their file is called; `.size` is the image size that it was fitted to, None for any.
-    `weights` is Inception's file; None = $FID_INCEPTION_WEIGHTS, else torch's hub cache, else a download into
-    that cache. Raises DataError.
+    `weights` is for `load_inception`. Raises DataError.
     """
-    kind, _, path = name.partition(":")
     if name == "pixels":
         net = Pixels()
     elif name == "inception":
-        net = load_inception(weights or os.environ.get("FID_INCEPTION_WEIGHTS"))
-    elif kind == "own":
-        net = load_classifier(data.path(path))
+        net = load_inception(weights)
     else:
-        raise data.DataError(f"features {name}: give inception, own:CKPT or pixels")
+        net = load_classifier(name.removeprefix("own:"))
     net.device = torch.device(device)
-    net = net.to(net.device, memory_format=torch.channels_last)
-    return net.eval().requires_grad_(False)
+    return net.to(net.device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Features of a set of images, computed batch by batch. Those of a data set are computed once and cached.
-
-@torch.no_grad()
-def extract(net, x, label=None, batch=128):
+def extract(net, x, label="features", batch=128):
     """Features float32 [n, d], on the CPU, of x uint8 or float [n, C, H, W] on any device. The last batch is
-    padded, so that the network sees one shape. With a label it shows progress. Raises DataError."""
-    _refuse_other_images(net, x)
+    padded, so that the network sees one shape. Shows progress under `label`. Raises DataError."""
+    if net.id != "pixels" and x.dtype != torch.uint8:
+        raise data.DataError(f"{net.id} features are of images, and these are latents: give pixels")
+    if net.size is not None and net.size != x.shape[-1]:
+        raise data.DataError(f"{net.id} is for {net.size} pixels, not {x.shape[-1]}: give --size {net.size}")
     n = len(x)
     size = min(batch, n)
     padded = F.pad(torch.arange(n), (0, -n % size))
-    batches = []
+    batches = (net(data.put(x[data.put(rows, x.device)], net.device)) for rows in padded.split(size))
     with torch.backends.cudnn.flags(torch.backends.cudnn.enabled, allow_tf32=False):    # fp32, as on a CPU
-        for rows in padded.split(size):
-            images = data.put(x[data.put(rows, x.device)], net.device)
-            batches.append(net(images))
-            if label:
-                done = min(len(batches) * size, n)
-                data.progress(f"{label}: {done:,}/{n:,}", last=done == n)
-    features = torch.cat(batches)[:n].cpu()
+        features = torch.cat(list(with_progress(batches, n, label)))[:n].cpu()
     if not features.isfinite().all():
         raise data.DataError(f"the features of {net.id} are not finite for these images")
     return features
 
 
-def _refuse_other_images(net, x):
-    """DataError if x [n, C, H, W] does not have the type and size that the network was made for."""
-    is_image = x.dtype == torch.uint8 and x.shape[1] == 3 and min(x.shape[2:]) >= 8
-    if net.id != "pixels" and not is_image:
-        raise data.DataError(f"{net.id} features are of uint8 images [3, H, W], H and W from 8 on, not of "
-                             f"{x.dtype} {list(x.shape[1:])}; --features pixels are of latents, too")
-    if net.size is not None and net.size != x.shape[-1]:
-        raise data.DataError(f"{net.id} was fitted to images of {net.size} pixels, these have {x.shape[-1]}: "
-                             f"give --size {net.size}, or fit another")
+def with_progress(batches, total, label):
+    """Yield the batches, and show how many of `total` examples are done and the time left."""
+    start = time.monotonic()
+    done = 0
+    for batch in batches:
+        done = min(done + len(batch), total)
+        left = (time.monotonic() - start) * (total - done) / done
+        data.progress(f"{label}: {done:,}/{total:,}, {left:.0f} s left", last=done == total)
+        yield batch
 
 
-def data_features(net, dataset, label=None):
+def data_features(net, dataset, label="features of the data"):
     """-> (features float32 [n, d] of a whole Dataset, the seconds that computing them took).
 
     They are computed once for this content and network. The cache keeps them with their seconds, so that a
@@ -256,147 +219,113 @@ def data_features(net, dataset, label=None):
         seconds = time.monotonic() - start
         with data.writing(path) as file:
             np.savez(file, features=features.numpy(), seconds=seconds)
-    with data.reading(path, "features of this program (delete it)"):
-        with np.load(path, allow_pickle=False) as file:
-            return torch.from_numpy(file["features"]), float(file["seconds"])
+    with data.reading(path, "features of this program (delete it)"), np.load(path) as file:
+        return torch.from_numpy(file["features"]), float(file["seconds"])
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Evaluation of a run, unguided and guided, always from the same noise, so that runs and steps compare. Its
-# records say how the metrics were taken, and `--compare` joins only records of one protocol to a curve.
-
-NOT_METRICS = {"kind", "step", "seconds", "examples_trained", "examples_drawn", "selecting", "snapshot",
-               "data", "guidance", "samples", "sampling_steps", "features", "other_seconds", "other_examples"}
-
+# records say by what protocol the metrics were taken; `--compare` joins only records of one protocol.
 
 class Evaluation:
     """evaluation(denoiser, guide_denoiser, progress) -> records for the log; also draws samples.png.
 
     denoiser        model.Denoiser in evaluation mode, which holds the averaged weights
     guide_denoiser  the same for the guide; None = there is no guide
-    progress        what the run has done so far, as of train.new_progress; each record repeats it
+    progress        what the run has done so far; each record repeats it
 
     The first record is of unguided samples. With a guide and a weight other than 1, a second one is of guided
-    samples.
+    samples. Samples that are not finite have no metrics.
     """
 
-    def __init__(
-        self,
-        c,                      # settings of train.py
-        dataset,                # data.Dataset or data.Tree, on its device
-        folder,                 # run folder in which samples.png is drawn
-        held_out=None,          # indices of the examples for the validation loss; None = it is not computed
-    ):
+    def __init__(self, c, dataset, folder, held_out=None):
+        """Settings of train.py; the data set on its device; where samples.png is drawn; the indices of the
+        examples for the validation loss, None = it is not computed."""
         self.c = c
         self.dataset = dataset
         self.folder = Path(folder)
         self.held_out = held_out
-        self.guide_costs = (0.0, 0)     # (seconds, examples) of a guide that is used only in sampling
-        self.accelerated = {}           # {denoiser: the same in the run's precision, compiled if the run is}
-        features = "none"
+        self.guide_cost = (0.0, 0)      # (seconds, examples) of a guide that is used only in sampling
+        self.accelerate = functools.cache(              # once for each denoiser: it may be compiled
+            functools.partial(model.accelerate, device=c.device, bf16=c.bf16, compiled=c.compile))
+        self.sampler = dict(steps=c.sampling_steps, sigma_max=c.sigma_max)
+        self.labels = data.classes_in_turn(c.class_shares, torch.arange(c.eval_samples))
+        features = "tree" if c.kind == "tree" else "none"
         if c.kind == "tree":
-            features = "tree"
-            self.noise = torch.randn(c.eval_samples, 2, generator=data.stream(0, 0, "eval"))
-            self.endpoints = guide.heun(dataset.denoise, self.noise[:4096].to(c.device),
-                                        steps=c.sampling_steps, sigma_max=c.sigma_max)
-            self.exact_cells = exact_hit_cells(dataset, c.eval_samples)
+            self.noise = torch.randn(c.eval_samples, 2, generator=data.stream(0, 0, "eval")).to(c.device)
+            self.endpoints = guide.heun(dataset.denoise, self.noise[:4096], **self.sampler)
         elif c.metrics != "none":
-            if len(dataset) < 2:
-                raise data.DataError(f"{c.data}: only one example, and a Fréchet distance needs 2 or more: "
-                                     "give --metrics none")
             self.net = network(c.metrics, c.device)
             features = self.net.id
-            self.real, _ = data_features(self.net, dataset, "features of the data")
+            self.real, _ = data_features(self.net, dataset)
             self.real_moments = moments(self.real)
             warn_of_few(c.eval_samples, "--eval-samples")
-        self.protocol = dict(features=features, data=c.fingerprint[:8], samples=c.eval_samples,
-                             sampling_steps=c.sampling_steps)
+        self.protocol = (
+            f"{features}, {c.eval_samples} samples, {c.sampling_steps} steps, data {c.fingerprint[:8]}")
 
     def records(self, log, step, guidance):
         """The evaluations in the log of this step, at this weight of guidance and by this protocol."""
-        wanted = dict(self.protocol, step=step, kind="eval", guidance=guidance)
+        wanted = dict(kind="eval", step=step, guidance=guidance, protocol=self.protocol)
         return [record for record in log if wanted.items() <= record.items()]
 
     def is_logged(self, log, step, guidance):
         """Whether the log has this step's evaluation at this weight of guidance (1 = unguided)."""
         return bool(self.records(log, step, guidance))
 
-    def print_metrics(self, log, step, guidance):
+    def show(self, log, step, guidance):
         """Print the metrics of a step, unguided and, if `guidance` is not 1, guided."""
         for w in dict.fromkeys((1.0, guidance)):
             records = self.records(log, step, w)
-            if not records:
-                continue
-            record = records[-1]
-            metrics = [f"{name} {value:.4f}" for name, value in record.items() if name not in NOT_METRICS]
-            way = "unguided" if w == 1 else f"guidance {w:g}"
-            if metrics:
-                count = record["samples"]
-                data.say(f"step {step}, {way} ({count:,} samples):  {'  '.join(metrics)}", file=sys.stdout)
+            if records and records[-1]["metrics"]:
+                way = "unguided" if w == 1 else f"guidance {w:g}"
+                words = "  ".join(f"{name} {value:.4f}" for name, value in records[-1]["metrics"].items())
+                data.say(f"step {step}, {way} ({self.c.eval_samples:,} samples):  {words}", file=sys.stdout)
 
     def __call__(self, denoiser, guide_denoiser, progress):
-        c = self.c
         main = self.accelerate(denoiser)
         guide_network = None
-        weights = [1.0]
-        if guide_denoiser is not None and c.guidance != 1:
+        titles = {1.0: "unguided samples"}                      # {weight of guidance: title in samples.png}
+        if guide_denoiser is not None and self.c.guidance != 1:
             guide_network = self.accelerate(guide_denoiser)
-            weights.append(c.guidance)
+            titles[self.c.guidance] = f"guided samples, w = {self.c.guidance:g}"
         records = []
-        samples = []
-        for w in weights:
-            guided = guide.autoguided(main, guide_network, w)
-            x, metrics = self.sample(guided, f"evaluating, guidance {w:g}")
-            record = dict(progress, kind="eval") | self.protocol | dict(guidance=w)
-            if w == 1:
-                metrics |= self.losses(main)
-            else:
-                seconds, examples = self.guide_costs
-                record["other_seconds"] += seconds
-                record["other_examples"] += examples
-            records.append(record | metrics)
-            samples.append(x)
+        samples = {}
+        for w, title in titles.items():
+            record = dict(progress, kind="eval", guidance=w, protocol=self.protocol, metrics={})
+            records.append(record)
+            if w != 1:
+                record["other_seconds"] += self.guide_cost[0]
+                record["other_examples"] += self.guide_cost[1]
+            try:
+                samples[title] = self.sample(guide.autoguided(main, guide_network, w), title)
+                record["metrics"] = self.metrics(samples[title], title)
+                if w == 1:
+                    record["metrics"] |= self.losses(main)
+            except data.DataError as error:                     # samples that are not finite
+                data.say(f"step {progress['step']}, {title}: no metrics, {error}")
         self.write_picture(samples)
         return records
 
-    def accelerate(self, denoiser):
-        """The denoiser in the run's precision, compiled where the run is; made once for each denoiser."""
-        if denoiser not in self.accelerated:
-            c = self.c
-            self.accelerated[denoiser] = model.accelerate(denoiser, c.device, c.bf16, c.compile)
-        return self.accelerated[denoiser]
-
-    def sample(self, denoiser, label="evaluating"):
-        """(samples [n, ...] on the CPU, their metrics) of a denoiser for `guide.heun`. Shows progress."""
+    def sample(self, denoiser, label="samples"):
+        """Samples [n, ...] on the CPU: points, uint8 images or latents. DataError if they are not finite."""
         c = self.c
-        batches = []
-        drawn = 0
-        for x in self.sample_batches(denoiser):
-            batches.append(x)
-            drawn += len(x)
-            data.progress(f"{label}: {drawn:,}/{c.eval_samples:,} samples", last=drawn == c.eval_samples)
-        x = torch.cat(batches)
         if c.kind == "tree":
-            return x.cpu(), tree_metrics(x, self.dataset, self.endpoints, self.exact_cells)
-        if c.metrics == "none":
-            return x, {}
-        fake = extract(self.net, x, f"{label}, features")
-        return x, image_metrics(self.real, fake, self.net.id, c.device, self.real_moments)
+            batches = (guide.heun(denoiser, noise, **self.sampler) for noise in self.noise.split(2048))
+        else:
+            batch = min(c.micro_batch or c.batch, c.eval_samples)
+            labels = self.labels if c.classes else None
+            batches = guide.generate(denoiser, range(c.eval_samples), labels, batch, c.device, **self.sampler)
+        batches = with_progress(batches, c.eval_samples, label)
+        return torch.cat([data.unscale(x, vars(c)).cpu() for x in batches])
 
-    def sample_batches(self, denoiser):
-        """Yield samples [<= batch, ...]: points on the run's device; uint8 images or latents on the CPU."""
-        c = self.c
-        sampler = dict(steps=c.sampling_steps, sigma_max=c.sigma_max)
-        if c.kind == "tree":
-            for noise in self.noise.split(2048):
-                yield guide.heun(denoiser, noise.to(c.device), **sampler)
-            return
-        labels = None
-        if c.net_classes:
-            labels = data.classes_in_turn(c.class_shares, torch.arange(c.eval_samples))
-        batch = min(c.micro_batch or c.batch, c.eval_samples)
-        for x in guide.generate(denoiser, range(c.eval_samples), labels, batch, c.device, **sampler):
-            yield data.unscale(x, vars(c)).cpu()
+    def metrics(self, x, label="samples"):
+        """The metrics of samples x [n, ...]."""
+        if self.c.kind == "tree":
+            return tree_metrics(x.to(self.c.device), self.dataset, self.endpoints)
+        if self.c.metrics == "none":
+            return {}
+        fake = extract(self.net, x, f"features of {label}")
+        return image_metrics(self.real, fake, self.net.id, self.c.device, self.real_moments)
 
     def losses(self, denoiser):
         """{"score_error": ...} on the tree, {"validation_loss": ...} where examples are held out."""
@@ -411,335 +340,150 @@ class Evaluation:
         """Mean loss on the held-out examples, at noise that depends on the batch size alone."""
         c = self.c
         losses = []
-        batches = data.Batches(self.dataset, c.batch, 0, c.device, flip=c.flip, purpose="validation-",
-                               **c.eval_levels)
+        batches = data.Batches(
+            self.dataset, c.batch, 0, c.device, flip=c.flip, purpose="validation-", **c.eval_levels)
         for step, index in enumerate(self.held_out.split(c.batch)):
             padding = index[:1].expand(c.batch - len(index))    # batches of one size: one compiled graph
             batch = batches.of(torch.cat([index, padding]), step)
-            outputs = []
-            for rows in data.micro_batches(c.batch, c.micro_batch):
-                micro_batch = batch.rows(rows)
-                outputs.append(denoiser(micro_batch.x, micro_batch.sigma, micro_batch.labels))
-            loss = model.per_example_loss(torch.cat(outputs), batch.x0, batch.sigma)
-            losses.append(loss[:len(index)])
+            micro_batches = [batch.rows(rows) for rows in data.micro_batches(c.batch, c.micro_batch)]
+            D_x = torch.cat([denoiser(micro.x, micro.sigma, micro.labels) for micro in micro_batches])
+            losses.append(model.per_example_loss(D_x, batch.x0, batch.sigma)[:len(index)])
         return torch.cat(losses).mean().item()
 
     def write_picture(self, samples):
-        """Write samples.png: real examples, or the tree's density, beside unguided and guided samples."""
-        c = self.c
-        titles = ["unguided samples"]
-        if len(samples) > 1:
-            titles.append(f"guided samples, w = {c.guidance:g}")
-        if c.kind == "tree":
-            titles.insert(0, "exact density")
-            pictures = [data.density_picture(density) for density in (self.dataset, *samples)]
+        """Write samples.png: the tree's density, or real examples, beside {title: samples [n, ...]}."""
+        if self.c.kind == "tree":
+            titles = ["exact density", *samples]
+            pictures = [data.density_picture(density) for density in (self.dataset, *samples.values())]
         else:
-            titles.insert(0, "real examples")
-            columns = min(c.classes or 10, 10)
-            real = self.real_examples(min(c.eval_samples, 80))
-            pictures = [data.image_grid(x[:80], columns) for x in (real, *samples)]
+            titles = ["real examples", *samples]
+            labels = self.labels[:80]
+            pictures = [data.class_picture(x[:80], labels, self.c.class_names)
+                        for x in (self.real_examples(labels), *samples.values())]
         with data.writing(self.folder / "samples.png") as file:
             data.panels(pictures, titles).save(file, format="PNG")
 
-    def real_examples(self, n):
-        """n examples of the data [n, C, H, W], of the same classes as the first n samples."""
-        labels = torch.zeros(n, dtype=torch.int64)
-        if self.c.classes:
-            labels = data.classes_in_turn(self.c.class_shares, torch.arange(n))
+    def real_examples(self, labels):
+        """Examples of the data [n, C, H, W] of the classes `labels` [n]."""
         members = data.indices_by_class(self.dataset.labels, len(self.dataset))
-        examples_of_class = [itertools.cycle(index.tolist()) for index in members]
-        index = torch.tensor([next(examples_of_class[label]) for label in labels.tolist()])
+        index = torch.stack([members[c][i % len(members[c])] for i, c in enumerate(labels)])
         return self.dataset.x[data.put(index, self.dataset.x.device)].cpu()
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Comparing runs. Runs whose folders differ only in -sSEED are one arm. A column is one metric at one weight
-# of guidance, by one feature network, from one number of samples and of Heun steps. A run's curve is linear
+# Comparing runs. Runs whose folders differ only in -sSEED are one arm. A row is one metric at one weight of
+# guidance, and its protocol; a run has points [n, 3] of it: examples, seconds, values. Its curve is linear
 # between its evaluations and ends with the last one.
 
-AXES = {"examples": "examples trained on (other_examples: those of guides and proxies, not included)",
-        "seconds": "seconds of training, those of guides and proxies included"}
+AXES = ("examples trained on (other_examples: those of guides and proxies, not included)",
+        "seconds of training, those of guides and proxies included")
 
 
-class Column(typing.NamedTuple):
-    metric: str                                 # "FD(own)" or "FD(own), guided 1.6"
-    protocol: str                               # features, samples, Heun steps and data
-
-
-def compare(paths, out="compare.svg", metric=None):
+def compare(folders, out="compare.png", metric=None):
     """Compare run folders: two Markdown tables of mean ± std over an arm's runs, at equal examples and at
     equal seconds. Draws `metric` (None = the first) over seconds to the file `out`. Raises DataError."""
-    arms = read_arms(paths)
-    every_run = [run for runs in arms.values() for run in runs]
-    columns = sorted(set().union(*every_run))
-    drawn = column_to_draw(columns, metric)
-    tables = [table(arms, columns, axis) for axis in AXES]
-    lines = {}
-    for arm, runs in arms.items():
-        curves = [run[drawn]["seconds"] for run in runs if drawn in run]
-        if curves:
-            lines[arm] = mean_curve(curves)
-    chart(out, f"{drawn.metric} ({drawn.protocol})", AXES["seconds"], lines)
-    return "\n\n".join(tables)
+    seeds, curves = read_arms(folders)
+    drawn = [row for row in sorted(curves) if metric in (None, row[0])]
+    if not drawn:
+        names = ", ".join(sorted({name for name, _ in curves}))
+        raise data.DataError(f"--metric {metric}: the runs have {names or 'no evaluations'}")
+    chart(out, ", ".join(drawn[0]), curves[drawn[0]])
+    return "\n\n".join(table(seeds, curves, axis) for axis in range(2))
 
 
-def read_arms(paths):
-    """{arm: [the curves of each run]} of run folders; a folder given twice counts once."""
-    folders = list(dict.fromkeys(os.path.abspath(path) for path in paths))
-    top = os.path.commonpath([os.path.dirname(folder) for folder in folders])
-    arms = {}
-    for folder in folders:
-        arm = re.sub(r"-s\d+$", "", os.path.relpath(folder, top))
-        arms.setdefault(arm, []).append(read_curves(folder))
-    return arms
+def read_arms(folders):
+    """-> ({arm: the seeds of its runs}, {row: {arm: [points [n, 3] of each run]}}) of run folders; a folder
+    given twice counts once. DataError where the runs of an arm do not differ in their seeds alone."""
+    settings = {}                                               # {arm: {seed: settings}}
+    curves = {}
+    for folder in dict.fromkeys(map(os.path.relpath, folders)):
+        arm = re.sub(r"-s\d+$", "", folder)
+        config, points = read_run(folder)
+        shared = shared_settings(config)
+        seeds = settings.setdefault(arm, {})
+        if config["seed"] in seeds:
+            raise data.DataError(f"{arm}: two of its runs have --seed {config['seed']}")
+        seeds[config["seed"]] = shared
+        for name, value in next(iter(seeds.values())).items():
+            if shared[name] != value:
+                raise data.DataError(f"{arm}: its runs have {name} {value} and {shared[name]}: rename a run")
+        for row, values in points.items():
+            curves.setdefault(row, {}).setdefault(arm, []).append(values)
+    return settings, curves
 
 
-def read_curves(folder):
-    """{Column: {axis: float64 [2, n], x above y}} of the evaluations in a run folder. Raises DataError."""
+def shared_settings(config):
+    """The settings that the runs of an arm share: all but the seed and what may differ on resume; of those
+    that may name a file, whether they do."""
+    names = (config.keys() - data.MAY_DIFFER | set(data.FILES)) - {"seed"}
+    is_path = {name: os.path.isabs(str(config[name]).removeprefix("own:")) for name in names}
+    return {name: "a file" if is_path[name] else config[name] for name in sorted(names)}
+
+
+def read_run(folder):
+    """-> (settings, {row: points [n, 3]}) of a run folder, without values that are not finite."""
     points = {}
     with data.reading(folder, "a run folder of train.py"):
-        for line in Path(folder, "log.jsonl").read_text().splitlines():
-            record = json.loads(line)
-            if record["kind"] == "eval":
-                _add_points(points, record)
-        if not points:
-            raise ValueError("it has no evaluations")
-    curves = {}
-    for column, axes in points.items():
-        curves[column] = {axis: np.array(sorted(axes[axis].items())).T for axis in AXES}
-    return curves
+        config = json.loads(Path(folder, "config.json").read_bytes())
+        model.check_format(config)
+        log = [json.loads(line) for line in Path(folder, "log.jsonl").read_text().splitlines()]
+        for record in [record for record in log if record["kind"] == "eval"]:
+            guided = "" if record["guidance"] == 1 else f", guided {record['guidance']:g}"
+            seconds = record["seconds"] + record["other_seconds"]
+            for name, value in (record["metrics"] | {"other_examples": record["other_examples"]}).items():
+                if np.isfinite(value):
+                    row = points.setdefault((name + guided, record["protocol"]), [])
+                    row.append((record["examples_trained"], seconds, value))
+    return config, {row: np.array(sorted(values)) for row, values in points.items()}
 
 
-def _add_points(points, record):
-    """Add the metrics of one evaluation's record to `points`, {Column: {axis: {x: y}}}."""
-    protocol = (f"{record['features']}, {record['samples']} samples, {record['sampling_steps']} steps, "
-                f"data {record['data']}")
-    suffix = ""
-    if record["guidance"] != 1:
-        suffix = f", guided {record['guidance']:g}"
-    metrics = [name for name in record if name not in NOT_METRICS]
-    for name in [*metrics, "other_examples"]:                   # what guides and proxies cost is a column
-        if not np.isfinite(record[name]):
-            continue
-        column = points.setdefault(Column(name + suffix, protocol), {axis: {} for axis in AXES})
-        column["examples"][record["examples_trained"]] = record[name]
-        column["seconds"][record["seconds"] + record["other_seconds"]] = record[name]
+def table(seeds, curves, axis):
+    """The Markdown table at equal examples (axis 0) or seconds (1) of what `read_arms` returned. Each row is
+    read where the shortest of its own curves ends."""
+    head = ["metric", "protocol", "read at", *(f"{arm} ({len(seeds[arm])})" for arm in seeds)]
+    lines = [head, ["---" for _ in head]]
+    for row, arms in sorted(curves.items()):
+        x = min(points[-1, axis] for runs in arms.values() for points in runs)
+        cells = [mean_at(x, axis, arms.get(arm, []), len(seeds[arm])) for arm in seeds]
+        lines.append([*row, f"{x:,.10g}", *cells])
+    text = f"At equal {AXES[axis]}.\nEach row is read where its shortest run ends; (n) = n runs:\n"
+    return "\n".join([text, *(f"| {' | '.join(cells)} |" for cells in lines)])
 
 
-def column_to_draw(columns, metric):
-    """The first column of `metric`, or the first of all for None. Raises DataError where no run has it."""
-    for column in columns:
-        if metric in (None, column.metric):
-            return column
-    metrics = dict.fromkeys(column.metric for column in columns)
-    raise data.DataError(f"--metric {metric}: the runs have {', '.join(metrics)}")
-
-
-def table(arms, columns, axis):
-    """The Markdown table of all arms at equal examples or seconds. Each column is read where the shortest of
-    its own curves ends; the row "read at" says where that is."""
-    names = [column.metric for column in columns]
-    protocols = {column.protocol for column in columns}
-    heading = f"At equal {AXES[axis]}."
-    if len(protocols) == 1:                                     # say it once, not in every column
-        heading += f"\nAll metrics are from {columns[0].protocol}."
-    else:
-        names = [f"{column.metric} ({column.protocol})" for column in columns]
-    heading += "\nEach column is read where the shortest of its runs ends:"
-    every_run = [run for runs in arms.values() for run in runs]
-    counts = [str(len(runs)) for runs in arms.values()]
-    cells_by_column = [["arm", "---", "read at", *arms], ["runs", "---", "", *counts]]
-    for column, name in zip(columns, names):
-        x = min(run[column][axis][0, -1] for run in every_run if column in run)
-        cells = [name, "---", _number(x)]
-        for runs in arms.values():
-            curves = [run[column][axis] for run in runs if column in run]
-            cells.append(_mean_at(x, curves))
-        cells_by_column.append(cells)
-    lines = [f"| {' | '.join(row)} |" for row in zip(*cells_by_column)]
-    return heading + "\n\n" + "\n".join(lines)
-
-
-def _mean_at(x, curves):
-    """Text: mean ± std at x of the curves [2, n] that have begun there; "" for no curves."""
-    if not curves:
-        return ""
-    values = [np.interp(x, *curve) for curve in curves if curve[0, 0] <= x]
-    if not values:
-        return f"from {_number(min(curve[0, 0] for curve in curves))} on"
-    text = f"{np.mean(values):.4g}"
+def mean_at(x, axis, curves, n):
+    """Text: mean ± std at x over the curves that have begun there, and how many they are if fewer than n."""
+    values = [np.interp(x, points[:, axis], points[:, 2]) for points in curves if points[0, axis] <= x]
+    text = f"{np.mean(values):.4g}" if values else "none"
     if len(values) > 1:
         text += f" ± {np.std(values, ddof=1):.2g}"
-    if len(values) < len(curves):
-        text += f" ({len(values)} of {len(curves)})"
+    if len(values) < n:
+        text += f" ({len(values)} of {n})"
     return text
 
 
-def _number(x):
-    return f"{x:,.1f}".removesuffix(".0")
+COLORS = "#1f5fa8 #d1495b #2e8b57 #e08e1b #7b4ea3 #159aa8 #8c5a3c #d35fa5 #555555 #9aa51f".split()
 
 
-def mean_curve(curves):
-    """(x [50], y [50]): the mean of curves [2, n] over the x that all of them reach."""
-    low = max(curve[0, 0] for curve in curves)
-    high = max(low, min(curve[0, -1] for curve in curves))
-    x = np.linspace(low, high, 50)
-    return x, np.mean([np.interp(x, *curve) for curve in curves], axis=0)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Command line.
-
-USAGE = """REAL FAKE [flags]
-
-examples:
-  python fid.py --fit features.pt data/cifar10 --size 16                        # once: features to score by
-  python fid.py data/cifar10 samples.npz --size 16 --features own:features.pt   # distance, precision, recall
-  python fid.py --compare runs/uniform-s0 runs/uniform-s1 runs/ajest-s0         # tables and compare.svg"""
-DESCRIPTION = "Score one set of images against another, or compare training runs."
-
-
-def build_parser():
-    """The parser of all flags."""
-    parser = data.parser(DESCRIPTION, USAGE)
-    number = data.number
-    add = parser.add_argument
-    add("paths", nargs="*", type=data.path, metavar="PATH",
-        help="REAL FAKE: each a folder, zip or .npz of images, or an .npz of FID statistics (mu, sigma); "
-        "with --fit one data set; with --compare run folders")
-    add = parser.add_argument_group("what to do").add_mutually_exclusive_group().add_argument
-    add("--fit", type=data.path, metavar="CKPT",
-        help="fit a small classifier to labelled images and write it to CKPT")
-    add("--compare", action="store_true",
-        help="compare run folders at equal examples and at equal seconds; -s0 -s1 ... are one arm")
-    add = parser.add_argument_group("images").add_argument
-    add("--size", type=number(int, "[8, 4096]"), help="center-crop and resize to this many pixels")
-    add("--features", default="inception",
-        help="network that scores: inception (its distance is the FID), own:CKPT (made by --fit; for small "
-        "images), or pixels (8x8 averages, no network)")
-    add = parser.add_argument_group("with --compare").add_argument
-    add("--metric", help="metric to draw, as the tables name it; none = the first")
-    add("--out", type=data.path, default="compare.svg", metavar="FILE.svg", help="the chart")
-    add = parser.add_argument_group("rarely changed").add_argument
-    add("--epochs", type=number(int, "[1, 10000]"),
-        help="of --fit, passes over the data; none = 15 on CUDA, else 3")
-    add("--width", type=number(int, "[1, 512]"),
-        help="of --fit, channels of the first layer, an eighth of the features; none = 64 on CUDA, else 8")
-    add("--seed", type=number(int, "[0, 1e15]"), default=0, help="of --fit, for weights and held-out tenth")
-    add("--inception-weights", type=data.path, metavar="FILE",
-        help="weights of inception; none = the file $FID_INCEPTION_WEIGHTS, else a download, which is kept")
-    add("--device", type=data.device, default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cpu or cuda")
-    return parser
-
-
-def main(argv=None):
-    """Carry out the command: compare runs, fit a classifier, or score FAKE against REAL."""
-    args = build_parser().parse_args(argv)
-    if not args.out.endswith(".svg"):
-        raise data.DataError(f"--out {args.out}: the chart is an .svg")
-    if args.compare:
-        if not args.paths:
-            raise data.DataError("--compare needs one or more run folders")
-        data.require_writable(args.out)
-        data.say(compare(args.paths, args.out, args.metric), file=sys.stdout)
-    elif args.fit:
-        if len(args.paths) != 1:
-            raise data.DataError(f"--fit needs one data set, not {len(args.paths)}")
-        data.require_writable(args.fit)
-        dataset = data.load(args.paths[0], args.size)
-        accuracy = fit(args.fit, dataset, args.epochs, args.width, args.device, args.seed)
-        data.say(f"{args.fit}: held-out accuracy {accuracy:.4f}, use it with --features own:{args.fit}",
-                 file=sys.stdout)
-    else:
-        if len(args.paths) != 2:
-            raise data.DataError(f"two paths are needed, REAL and FAKE, not {len(args.paths)} "
-                                 "(or give --fit or --compare)")
-        if args.inception_weights and args.features != "inception":
-            raise data.DataError(f"--inception-weights has no effect with --features {args.features}")
-        data.say(score(args), file=sys.stdout)
-
-
-def score(args):
-    """One line of text: the metrics of FAKE against REAL, how many images there are, and the features."""
-    published = []                                              # of REAL and FAKE: (mu, sigma) or None
-    datasets = []                                               # the others: data.Dataset or None
-    for path in args.paths:
-        mu_sigma = statistics(path)
-        dataset = None
-        if mu_sigma is None:
-            dataset = load_images(path, args.size)
-        published.append(mu_sigma)
-        datasets.append(dataset)
-    if published[0] is None and published[1] is None:
-        metrics, net_id = score_images(args, *datasets)
-    else:
-        metrics, net_id = score_statistics(args, published, datasets)
-    values = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-    counts = []
-    for side, dataset in zip(("real", "fake"), datasets):
-        count = "unknown number of" if dataset is None else len(dataset)
-        counts.append(f"{count} {side}")
-    return f"{values}  ({', '.join(counts)}, features {net_id})"
-
-
-def load_images(path, size):
-    """The Dataset at `path`; its report and a warning of few images go to stderr. Raises DataError."""
-    dataset = data.load(path, size)
-    data.say(f"{path}: {', '.join(dataset.report)}")
-    if len(dataset) < 2:
-        raise data.DataError(f"{path}: only one image, and a Fréchet distance needs 2 or more on each side")
-    warn_of_few(len(dataset), path)
-    return dataset
-
-
-def score_images(args, real, fake):
-    """(metrics, id of the features) of two Datasets."""
-    real_path, fake_path = args.paths
-    if real.shape != fake.shape:
-        raise data.DataError(f"{real_path} is {list(real.shape)}, {fake_path} {list(fake.shape)}: "
-                             "give --size")
-    net = network(args.features, args.device, args.inception_weights)
-    real_features, _ = data_features(net, real, real_path)
-    fake_features, _ = data_features(net, fake, fake_path)
-    return image_metrics(real_features, fake_features, net.id, args.device), net.id
-
-
-def score_statistics(args, published, datasets):
-    """(the FID alone, id of the features) if one or both sides are given as (mu, sigma)."""
-    if args.features != "inception":
-        raise data.DataError(f"--features {args.features}: statistics (mu, sigma) are those of inception")
-    net_id = "inception"
-    sides = []
-    for path, mu_sigma, dataset in zip(args.paths, published, datasets):
-        if dataset is None:
-            sides.append(mu_sigma)
-        else:
-            net = network("inception", args.device, args.inception_weights)
-            net_id = net.id
-            features, _ = data_features(net, dataset, path)
-            sides.append(moments(features))
-    (mu1, sigma1), (mu2, sigma2) = sides
-    if mu1.shape != mu2.shape:
-        raise data.DataError(f"{len(mu1)} and {len(mu2)} features cannot be compared")
-    return {"FID": frechet(mu1, sigma1, mu2, sigma2)}, net_id
-
-
-def statistics(path):
-    """(mu [d], sigma [d, d]) float64 from an .npz of pytorch-fid. None for all other files. Raises DataError
-    for a damaged .npz."""
-    if not path.endswith(".npz"):
-        return None
-    with data.reading(path, "statistics (mu [d], sigma [d, d], finite), nor a data set"):
-        with np.load(path, allow_pickle=False) as file:
-            if not {"mu", "sigma"} <= set(file.files):
-                return None
-            mu = torch.from_numpy(file["mu"].astype(np.float64))
-            sigma = torch.from_numpy(file["sigma"].astype(np.float64))
-        finite = (mu.norm() + sigma.norm()).isfinite()
-        if mu.ndim != 1 or len(mu) < 1 or sigma.shape != (len(mu), len(mu)) or not finite:
-            raise ValueError(f"mu is {list(mu.shape)}, sigma {list(sigma.shape)}")
-    return mu, sigma
+def chart(path, title, arms):
+    """Draw {arm: [points [n, 3] of each run]} over seconds to a .png: a line for each run, a dot for each
+    evaluation; the titles say what the axes span."""
+    points = np.concatenate([run for runs in arms.values() for run in runs])
+    low = points.min(0)
+    span = np.maximum(points.max(0) - low, 1e-12)
+    picture = Image.new("RGB", (1000, max(400, 60 + 18 * len(arms))), "white")
+    draw = ImageDraw.Draw(picture)
+    draw.text((70, 10), f"{title}: {low[2]:.4g} to {low[2] + span[2]:.4g}", "black")
+    draw.text((70, 375), f"{AXES[1]}: {low[1]:.4g} to {low[1] + span[1]:.4g}", "black")
+    for i, (arm, runs) in enumerate(arms.items()):
+        color = COLORS[i % len(COLORS)]
+        draw.text((640, 40 + 18 * i), arm, color)
+        for run in runs:
+            pixels = [(70 + 550 * x, 340 - 300 * y) for _, x, y in (run - low) / span]
+            draw.line(pixels, color, 2)
+            for x, y in pixels:
+                draw.ellipse((x - 2, y - 2, x + 2, y + 2), color)
+    with data.writing(path) as file:
+        picture.save(file, format="PNG")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -751,10 +495,8 @@ class Pixels(torch.nn.Module):
     size = None
 
     def forward(self, x):
-        floats = x.float()
-        if x.dtype == torch.uint8:
-            floats = floats / 127.5 - 1
-        return F.adaptive_avg_pool2d(floats, 8).flatten(1)
+        scaled = x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x.float()
+        return F.adaptive_avg_pool2d(scaled, 8).flatten(1)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -811,32 +553,19 @@ def load_classifier(path):
 def _id_of_file(kind, path):
     """The id of a network from a file: "KIND:HASH", or "inception" for the published weights."""
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    if digest.startswith(WEIGHTS_HASH):
-        return kind
-    return f"{kind}:{digest[:12]}"
+    return kind if digest.startswith(WEIGHTS_HASH) else f"{kind}:{digest[:12]}"
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Fitting a classifier: SGD with Nesterov momentum under a one-cycle learning rate, up for a quarter of the
 # steps, then down to 0. A tenth of the examples is held out.
 
-def fit(
-    path,                   # file to write
-    dataset,                # data.Dataset of labelled images
-    epochs=None,            # passes over nine tenths of it; None = 15 on CUDA, 3 elsewhere
-    width=None,             # channels of the first layer; None = 64 on CUDA, 8 elsewhere
-    device="cpu",
-    seed=0,                 # of the held-out tenth, the weights and the order
-):
-    """Train a Classifier and write it to `path`; -> its accuracy on the held-out tenth. Raises DataError."""
-    if dataset.kind != "image" or dataset.classes < 2 or len(dataset) < 20 or min(dataset.shape[1:]) < 8:
-        raise data.DataError("--fit needs 20 or more images of two or more classes, of at least 8x8 pixels")
-    device = torch.device(device)
-    on_cuda = device.type == "cuda"
-    if epochs is None:
-        epochs = 15 if on_cuda else 3
-    if width is None:
-        width = 64 if on_cuda else 8
+def fit(path, dataset, epochs=3, width=8, device="cpu", seed=0):
+    """Train a Classifier, `width` channels in its first layer, for so many epochs over nine tenths of a
+    data.Dataset, and write it to `path`; -> its accuracy on the held-out tenth. Raises DataError."""
+    if dataset.kind != "image" or len(dataset.class_names) < 2 or len(dataset) < 20:
+        raise data.DataError("--fit needs 20 or more images of two or more classes")
+    on_cuda = torch.device(device).type == "cuda"
     torch.manual_seed(seed)
     held_out, index = torch.randperm(len(dataset)).tensor_split([len(dataset) // 10])
     batch = min(512 if on_cuda else 128, len(index))
@@ -844,11 +573,11 @@ def fit(
     steps = epochs * steps_per_epoch
     dataset = dataset.to(device)
     generator = data.stream(seed, 0, "augment", device)
-    net = Classifier(dataset.classes, width).to(device, memory_format=torch.channels_last)
+    net = Classifier(len(dataset.class_names), width).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(net.parameters(), 0.4 * batch / 512, 0.9, weight_decay=5e-4, nesterov=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / (0.25 * steps), (steps - step) / (0.75 * steps)))
-    cast = torch.autocast(device.type, torch.bfloat16, enabled=on_cuda)
+    cast = torch.autocast("cuda" if on_cuda else "cpu", torch.bfloat16, enabled=on_cuda)
     for epoch in range(1, epochs + 1):
         net.train()
         for rows in index[torch.randperm(len(index))].split(batch)[:steps_per_epoch]:
@@ -861,14 +590,17 @@ def fit(
             optimizer.step()
             schedule.step()
         net.eval()
+        right = []
         with torch.no_grad(), cast:
-            accuracy = _accuracy(net, dataset, held_out, device)
+            for rows in held_out.split(1000):
+                images, labels = _images_and_labels(dataset, rows, device)
+                right.append(net.logits(images).argmax(1) == labels)
+        accuracy = torch.cat(right).float().mean().item()
         data.progress(f"epoch {epoch}/{epochs}  loss {loss.item():.3f}  held-out accuracy {accuracy:.4f}",
                       last=epoch == epochs)
-    state = {key: value.cpu() for key, value in net.state_dict().items()}
     with data.writing(path) as file:
-        torch.save(dict(kind="classifier", width=width, class_names=list(dataset.class_names),
-                        size=dataset.shape[-1], accuracy=accuracy, model=state), file)
+        torch.save(dict(width=width, size=dataset.shape[-1], class_names=dataset.class_names,
+                        model=net.cpu().state_dict()), file)
     return accuracy
 
 
@@ -876,15 +608,6 @@ def _images_and_labels(dataset, rows, device):
     """(uint8 [n, 3, H, W], int64 [n]) on `device` of the examples at `rows`, int64 [n] on the host."""
     images = dataset.x[data.put(rows, dataset.x.device)]
     return data.put(images, device), data.put(dataset.labels[rows], device)
-
-
-def _accuracy(net, dataset, index, device):
-    """Share of the examples at `index` whose class the network predicts."""
-    right = []
-    for rows in index.split(1000):
-        images, labels = _images_and_labels(dataset, rows, device)
-        right.append(net.logits(images).argmax(1) == labels)
-    return torch.cat(right).float().mean().item()
 
 
 def _augment(images, generator, shift=4):
@@ -902,198 +625,193 @@ def _augment(images, generator, shift=4):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The FID Inception network (TensorFlow's graph of 2015-12-05). A block is lines of convolutions, each "name
-# channels kernel". A line starts at the block's input x, at its pooled input, or at a convolution of an
-# earlier line. The ends of all lines are concatenated. "3s2" is 3x3 with stride 2, no padding; others keep
-# the size.
+# The FID Inception network (TensorFlow's graph of 2015-12-05) as a function of its weights, which know the
+# channels and kernels. A row is blocks of one form: lines of convolutions and pools that start at the block's
+# input, whose ends are concatenated. Lines may begin alike. "/" is stride 2; "/" and "-" are not padded.
 
 WEIGHTS_HASH = "6726825d"                       # the first digits of the SHA-256 of the published file
 WEIGHTS_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                f"pt_inception-2015-12-05-{WEIGHTS_HASH}.pth")
-MIXED_A = """x > branch1x1 64 1x1
-             x > branch5x5_1 48 1x1 > branch5x5_2 64 5x5
-             x > branch3x3dbl_1 64 1x1 > branch3x3dbl_2 96 3x3 > branch3x3dbl_3 96 3x3
-             pool > branch_pool {n} 1x1"""
-MIXED_B = """x > branch3x3 384 3s2
-             x > branch3x3dbl_1 64 1x1 > branch3x3dbl_2 96 3x3 > branch3x3dbl_3 96 3s2
-             pool"""
-MIXED_C = """x > branch1x1 192 1x1
-             x > branch7x7_1 {n} 1x1 > branch7x7_2 {n} 1x7 > branch7x7_3 192 7x1
-             x > branch7x7dbl_1 {n} 1x1 > branch7x7dbl_2 {n} 7x1 > branch7x7dbl_3 {n} 1x7 \
-               > branch7x7dbl_4 {n} 7x1 > branch7x7dbl_5 192 1x7
-             pool > branch_pool 192 1x1"""
-MIXED_D = """x > branch3x3_1 192 1x1 > branch3x3_2 320 3s2
-             x > branch7x7x3_1 192 1x1 > branch7x7x3_2 192 1x7 > branch7x7x3_3 192 7x1 > branch7x7x3_4 192 3s2
-             pool"""
-MIXED_E = """x > branch1x1 320 1x1
-             x > branch3x3_1 384 1x1 > branch3x3_2a 384 1x3
-             branch3x3_1 > branch3x3_2b 384 3x1
-             x > branch3x3dbl_1 448 1x1 > branch3x3dbl_2 384 3x3 > branch3x3dbl_3a 384 1x3
-             branch3x3dbl_2 > branch3x3dbl_3b 384 3x1
-             pool > branch_pool 192 1x1"""
-INCEPTION = [  # block, lines, the {n} in them, pooling
-    ("Mixed_5b", MIXED_A, 32, "mean"), ("Mixed_5c", MIXED_A, 64, "mean"), ("Mixed_5d", MIXED_A, 64, "mean"),
-    ("Mixed_6a", MIXED_B, 0, "halve"),
-    ("Mixed_6b", MIXED_C, 128, "mean"), ("Mixed_6c", MIXED_C, 160, "mean"),
-    ("Mixed_6d", MIXED_C, 160, "mean"), ("Mixed_6e", MIXED_C, 192, "mean"),
-    ("Mixed_7a", MIXED_D, 0, "halve"),
-    ("Mixed_7b", MIXED_E, 0, "mean"), ("Mixed_7c", MIXED_E, 0, "max")]
+INCEPTION = [
+    ("1a", "3x3/"), ("2a", "3x3-"), ("2b", "3x3 halve"), ("3b", "1x1"), ("4a", "3x3- halve"),
+    ("5b 5c 5d", "1x1 | 5x5_1 5x5_2 | 3x3dbl_1 3x3dbl_2 3x3dbl_3 | mean _pool"),
+    ("6a", "3x3/ | 3x3dbl_1 3x3dbl_2 3x3dbl_3/ | halve"),
+    ("6b 6c 6d 6e", "1x1 | 7x7_1 7x7_2 7x7_3 | 7x7dbl_1 7x7dbl_2 7x7dbl_3 7x7dbl_4 7x7dbl_5 | mean _pool"),
+    ("7a", "3x3_1 3x3_2/ | 7x7x3_1 7x7x3_2 7x7x3_3 7x7x3_4/ | halve"),
+    ("7b", "1x1 | 3x3_1 3x3_2a | 3x3_1 3x3_2b | "
+     "3x3dbl_1 3x3dbl_2 3x3dbl_3a | 3x3dbl_1 3x3dbl_2 3x3dbl_3b | mean _pool"),
+    ("7c", "1x1 | 3x3_1 3x3_2a | 3x3_1 3x3_2b | "
+     "3x3dbl_1 3x3dbl_2 3x3dbl_3a | 3x3dbl_1 3x3dbl_2 3x3dbl_3b | max _pool")]
 POOLS = {"mean": lambda x: F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False),
          "max": lambda x: F.max_pool2d(x, 3, stride=1, padding=1),
          "halve": lambda x: F.max_pool2d(x, 3, stride=2)}
 
 
-class Mixed(torch.nn.Module):
-    """One block of lines as above; its output has `channels` channels."""
-
-    def __init__(self, c_in, lines, n, pool):
-        super().__init__()
-        self.pool = POOLS[pool]
-        self.lines = []                                         # of each line: [source, convolution, ...]
-        channels = {"x": c_in, "pool": c_in}
-        for line in lines.format(n=n).split("\n"):
-            source, *convolutions = line.split(">")
-            names = [source.strip()]
-            for convolution in convolutions:
-                name, c_out, kernel = convolution.split()
-                channels[name] = int(c_out)
-                setattr(self, name, _inception_conv(channels[names[-1]], int(c_out), kernel))
-                names.append(name)
-            self.lines.append(names)
-        self.channels = sum(channels[names[-1]] for names in self.lines)
-
-    def forward(self, x):
-        value = {"x": x, "pool": self.pool(x)}
-        for names in self.lines:
-            for before, name in zip(names, names[1:]):
-                value[name] = getattr(self, name)(value[before]).relu_()
-        return torch.cat([value[names[-1]] for names in self.lines], 1)
-
-
-def _inception_conv(c_in, c_out, kernel):
-    """The convolution of a kernel such as "1x7", or "3s2"."""
-    if kernel == "3s2":
-        return torch.nn.Conv2d(c_in, c_out, 3, stride=2)
-    height = int(kernel[0])
-    width = int(kernel[2])
-    return torch.nn.Conv2d(c_in, c_out, (height, width), padding=(height // 2, width // 2))
-
-
 class Inception(torch.nn.Module):
-    """uint8 [N, 3, H, W] -> float32 [N, 2048]. Batch norms (eps 0.001) are folded into the convolutions while
-    the weights are loaded; the classifier on top is left out."""
+    """uint8 [N, 3, H, W] -> float32 [N, 2048], from the published weights {X.conv.weight, X.bn.*}.
+
+    Batch norms (eps 0.001) are folded into the convolutions, such that conv(x) equals the original
+    bn(conv(x)): as layers of their own they would take a quarter more time.
+    """
     size = None
 
-    def __init__(self):
+    def __init__(self, weights):
         super().__init__()
-        self.Conv2d_1a_3x3 = torch.nn.Conv2d(3, 32, 3, stride=2)
-        self.Conv2d_2a_3x3 = torch.nn.Conv2d(32, 32, 3)
-        self.Conv2d_2b_3x3 = torch.nn.Conv2d(32, 64, 3, padding=1)
-        self.Conv2d_3b_1x1 = torch.nn.Conv2d(64, 80, 1)
-        self.Conv2d_4a_3x3 = torch.nn.Conv2d(80, 192, 3)
-        channels = 192
-        for name, lines, n, pool in INCEPTION:
-            block = Mixed(channels, lines, n, pool)
-            setattr(self, name, block)
-            channels = block.channels
+        state = {re.sub("Conv2d_|Mixed_|branch", "", key): weight.double() for key, weight in weights.items()}
+        for name in [key.removesuffix(".conv.weight") for key in state if key.endswith(".conv.weight")]:
+            scale = state[f"{name}.bn.weight"] / (state[f"{name}.bn.running_var"] + 0.001).sqrt()
+            weight = state[f"{name}.conv.weight"] * scale[:, None, None, None]
+            bias = state[f"{name}.bn.bias"] - state[f"{name}.bn.running_mean"] * scale
+            self.register_buffer(f"{name}_weight".replace(".", "_"), weight.float())
+            self.register_buffer(f"{name}_bias".replace(".", "_"), bias.float())
+
+    def conv(self, x, name):
+        """Convolution with its batch norm, and ReLU."""
+        weight = self.get_buffer(name.rstrip("/-") + "_weight")
+        bias = self.get_buffer(name.rstrip("/-") + "_bias")
+        stride = 2 if name[-1] == "/" else 1
+        padding = [0 if name[-1] in "/-" else size // 2 for size in weight.shape[2:]]
+        return F.conv2d(x, weight, bias, stride, padding).relu_()
+
+    def block(self, x, name, lines):
+        """The concatenated ends of the lines of a block."""
+        done = {}                                               # {step: its output}
+        ends = []
+        for line in lines.split("|"):
+            y = x
+            for step in line.split():
+                if step not in done:
+                    done[step] = POOLS[step](y) if step in POOLS else self.conv(y, f"{name}_{step}")
+                y = done[step]
+            ends.append(y)
+        return torch.cat(ends, 1)
 
     def forward(self, images):
         """uint8 images [N, 3, H, W] -> pooled features, float32 [N, 2048]."""
-        x = images.float() / 255  # [N, 3, H, W]
+        x = images.float() / 255                                # [N, 3, H, W]
         x = 2 * F.interpolate(x, (299, 299), mode="bilinear", align_corners=False) - 1
         x = x.contiguous(memory_format=torch.channels_last)
-        x = self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x).relu_()).relu_()
-        x = F.max_pool2d(self.Conv2d_2b_3x3(x).relu_(), 3, stride=2)
-        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x).relu_()).relu_()
-        x = F.max_pool2d(x, 3, stride=2)
-        for name, *_ in INCEPTION:
-            x = getattr(self, name)(x)
+        for names, lines in INCEPTION:
+            for name in names.split():
+                x = self.block(x, name, lines)
         return x.mean((2, 3))
 
 
 def load_inception(path=None):
-    """Inception with the weights in the file `path`; None = the file in torch's hub cache, which is
-    downloaded first if it does not exist. Raises DataError."""
-    advice = "give them in $FID_INCEPTION_WEIGHTS or by fid.py --inception-weights, or use own:CKPT"
-    if path is None:
-        path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(WEIGHTS_URL))
-        if not os.path.exists(path):
-            with data.reading(WEIGHTS_URL, f"downloaded ({advice})"):
-                os.makedirs(os.path.dirname(path), exist_ok=True)
-                torch.hub.download_url_to_file(WEIGHTS_URL, path, WEIGHTS_HASH, progress=False)
-        advice = f"delete this file, its download broke off; or {advice}"
-    else:
-        path = data.path(path)
-    with data.reading(path, f"the FID Inception weights ({advice})"):
-        state = model.load_checkpoint(path)
-        net = model.with_weights(Inception, _fold_batch_norms(state))
+    """Inception with the weights in the file `path`; None = the file $FID_INCEPTION_WEIGHTS, else the one in
+    torch's hub cache, which is downloaded first if it does not exist. Raises DataError.
+
+    Its `id` is "inception" for the published weights; others have a hash, so that they share no cache.
+    """
+    advice = "give own:CKPT, pixels, or the file of the weights in $FID_INCEPTION_WEIGHTS"
+    cached = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(WEIGHTS_URL))
+    path = data.path(path or os.environ.get("FID_INCEPTION_WEIGHTS") or cached)
+    if path == cached and not os.path.exists(path):
+        with data.reading(f"features inception ({advice})", f"downloaded from {WEIGHTS_URL}"):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            torch.hub.download_url_to_file(WEIGHTS_URL, path, WEIGHTS_HASH, progress=False)
+    with data.reading(path, f"the FID Inception weights (delete it if its download broke off, or {advice})"):
+        net = Inception(model.load_checkpoint(path))
+        if len(list(net.buffers())) != 2 * 94:                  # torchvision's Inception v3 has more
+            raise ValueError("it does not have 94 convolutions")
+        net(torch.zeros(0, 3, 8, 8, dtype=torch.uint8))         # raises where layers are missing or misfit
         net.id = _id_of_file("inception", path)
     return net
 
 
-def _fold_batch_norms(state):
-    """{X.conv.weight, X.bn.*} -> {X.weight, X.bias}, such that conv(x) equals the original bn(conv(x))."""
-    folded = {}
-    for key, weight in state.items():
-        if not key.endswith(".conv.weight"):
-            continue
-        name = key.removesuffix(".conv.weight")
-        gamma = state[f"{name}.bn.weight"].double()
-        beta = state[f"{name}.bn.bias"].double()
-        mean = state[f"{name}.bn.running_mean"].double()
-        scale = gamma / (state[f"{name}.bn.running_var"].double() + 0.001).sqrt()
-        folded[f"{name}.weight"] = (weight.double() * scale[:, None, None, None]).float()
-        folded[f"{name}.bias"] = (beta - mean * scale).float()
-    return folded
+# ------------------------------------------------------------------------------------------------------------
+# Scoring two image sets. Either may be an .npz of published FID statistics (mu, sigma) instead of images.
+
+def score(args):
+    """One line of text: the metrics of FAKE against REAL, how many images there are, and the features."""
+    sides = [read_side(path, args.size) for path in args.paths]
+    datasets = [side for side in sides if isinstance(side, data.Dataset)]
+    if len(datasets) < 2 and args.features != "inception":
+        raise data.DataError(f"--features {args.features}: statistics (mu, sigma) are those of inception")
+    if len({dataset.shape for dataset in datasets}) > 1:
+        raise data.DataError(f"the images are {sides[0].shape} and {sides[1].shape}: give --size")
+    net_id = "inception"
+    features = []
+    if datasets:
+        net = network(args.features, args.device, args.inception_weights)
+        net_id = net.id
+        features = [data_features(net, dataset, "features")[0] for dataset in datasets]
+    if len(features) == 2:
+        metrics = image_metrics(*features, net_id, args.device)
+    else:
+        gaussians = [moments(*features) if isinstance(side, data.Dataset) else side for side in sides]
+        metrics = {"FID": frechet(*gaussians[0], *gaussians[1])}
+    values = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+    counts = [f"{len(side)} {name}, " for name, side in (("real", sides[0]), ("fake", sides[1]))
+              if isinstance(side, data.Dataset)]
+    return f"{values}  ({''.join(counts)}features {net_id})"
+
+
+def read_side(path, size):
+    """The Dataset at `path`, or (mu float64 [2048], sigma [2048, 2048]) from an .npz of pytorch-fid. Raises
+    DataError."""
+    if path.endswith(".npz"):
+        with data.reading(path, "a data set, nor statistics (mu [2048], sigma)"), np.load(path) as file:
+            if "mu" in file and "sigma" in file:
+                mu = torch.from_numpy(file["mu"]).double()
+                sigma = torch.from_numpy(file["sigma"]).double()
+                if mu.shape != (2048,) or sigma.shape != (2048, 2048) or not (mu + sigma).isfinite().all():
+                    raise ValueError(f"mu is {list(mu.shape)}, sigma {list(sigma.shape)}")
+                return mu, sigma
+    dataset = data.load(path, size)
+    data.say(f"{path}: {', '.join(dataset.report)}")
+    warn_of_few(len(dataset), path)
+    return dataset
 
 
 # ------------------------------------------------------------------------------------------------------------
-# A chart as SVG: polylines, five ticks an axis, a legend.
+# Command line.
 
-COLORS = "#1f5fa8 #d1495b #2e8b57 #e08e1b #7b4ea3 #159aa8 #8c5a3c #d35fa5 #555555 #9aa51f".split()
-
-
-def chart(path, title, x_name, lines):
-    """Draw `lines`, {name: (x [n], y [n])} of arrays, to an .svg."""
-    x_low, x_high = _limits([x for x, _ in lines.values()])
-    y_low, y_high = _limits([y for _, y in lines.values()])
-
-    def right(x):                                               # pixels from the left edge
-        return 60 + (x - x_low) / (x_high - x_low) * 560
-
-    def down(y):                                                # pixels from the upper edge
-        return 340 - (y - y_low) / (y_high - y_low) * 300
-    shapes = [_svg_text(60, 20, title), _svg_text(60, 390, x_name)]
-    for x in np.linspace(x_low, x_high, 5):
-        shapes.append(_svg_text(right(x), 362, f"{x:.4g}", 'text-anchor="middle"'))
-    for y in np.linspace(y_low, y_high, 5):
-        shapes.append(_svg_text(2, down(y) + 4, f"{y:.3g}"))
-        shapes.append(f'<path d="M60 {down(y):.0f}h560" stroke="#ddd"/>')
-    legend = 50
-    for (name, (x, y)), color in zip(lines.items(), itertools.cycle(COLORS)):
-        points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(right(x), down(y)))
-        shapes.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="2"/>')
-        shapes.append(_svg_text(635, legend, name, f'fill="{color}"'))
-        legend += 18
-    with data.writing(path) as file:
-        file.write(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 860 {max(400, legend)}" '
-                   'font-family="sans-serif" font-size="13"><rect width="100%" height="100%" fill="white"/>'
-                   f'{"".join(shapes)}</svg>'.encode(errors="replace"))
+def build_parser():
+    """The parser of all flags."""
+    usage = "REAL FAKE [flags], or: --fit CKPT DATA [flags], or: --compare RUN ... [flags]"
+    parser = data.parser("Score one set of images against another, or compare training runs.", usage)
+    cuda = torch.cuda.is_available()
+    count = data.number(int, "[1, inf)")
+    add = parser.add_argument
+    add("paths", nargs="+", type=data.path, metavar="PATH", help="REAL FAKE: each a folder, zip or .npz of "
+        "images or an .npz of FID statistics (mu, sigma); with --fit one data set; with --compare runs")
+    add("--size", type=data.number(int, "[8, 4096]"), help="center-crop images and resize them to this size")
+    add("--features", type=features_name, default="inception", help="network that scores: inception (for the "
+        "FID), own:CKPT (made by --fit; for small images) or pixels (8x8 averages) (default: %(default)s)")
+    add("--inception-weights", type=data.path, help="(default: $FID_INCEPTION_WEIGHTS, else a download)")
+    add("--device", type=data.device, default="cuda" if cuda else "cpu", help="(default: %(default)s)")
+    add("--epochs", type=count, default=15 if cuda else 3, help="of --fit (default: 15 on CUDA, else 3)")
+    add("--width", type=count, default=64 if cuda else 8, help="of --fit (default: 64 on CUDA, else 8)")
+    add("--seed", type=data.number(int, "[0, 1e15]"), default=0, help="of --fit (default: %(default)s)")
+    add("--metric", help="of --compare, the metric to draw (default: the first)")
+    add("--out", type=data.path, default="compare.png", help="of --compare, the chart (default: %(default)s)")
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--fit", type=data.path, metavar="CKPT", help="fit a small classifier to labelled images")
+    add("--compare", action="store_true", help="compare run folders; -s0 -s1 ... are one arm")
+    return parser
 
 
-def _limits(arrays):
-    """(lowest, highest) of some arrays, never equal."""
-    values = np.concatenate(arrays)
-    low = values.min()
-    high = values.max()
-    if low == high:
-        high = low + 1
-    return low, high
-
-
-def _svg_text(x, y, words, attributes=""):
-    return f'<text x="{x:.0f}" y="{y:.0f}" {attributes}>{escape(words)}</text>'
+def main(argv=None):
+    """Carry out the command: compare runs, fit a classifier, or score FAKE against REAL."""
+    args = build_parser().parse_args(argv)
+    if args.compare:
+        if not args.out.endswith(".png"):
+            raise data.DataError(f"--out {args.out}: the chart is a .png")
+        data.require_writable(args.out)
+        data.say(compare(args.paths, args.out, args.metric), file=sys.stdout)
+        return
+    if len(args.paths) != (1 if args.fit else 2):
+        raise data.DataError(f"{len(args.paths)} paths: give REAL and FAKE, or one data set with --fit")
+    if args.fit:
+        data.require_writable(args.fit)
+        dataset = data.load(args.paths[0], args.size)
+        accuracy = fit(args.fit, dataset, args.epochs, args.width, args.device, args.seed)
+        data.say(f"{args.fit}: held-out accuracy {accuracy:.4f}, use it with --features own:{args.fit}",
+                 file=sys.stdout)
+    else:
+        data.say(score(args), file=sys.stdout)
 
 
 if __name__ == "__main__":
-    data.command(main)
+    data.command(main, "stopped, nothing was written")

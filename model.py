@@ -128,17 +128,17 @@ def build(config):
 # channels have none.
 
 class UNet(torch.nn.Module):
-    """F(x, noise_label, class_labels): ([N, C, H, W], [N], int64 [N] or None) -> [N, C, H, W]."""
+    """F(x, noise_label, class_labels): ([N, C, H, W], [N], int64 [N] or None) -> [N, C, H, W].
 
-    def __init__(
-        self,
-        resolution=64,          # of the images in pixels, a multiple of 8; else ValueError
-        in_channels=3,          # of the images
-        channels=64,            # of the uppermost level
-        classes=1000,           # number of labels; 0 = unconditional
-        dropout=0.0,            # probability, inside the residual blocks
-        blocks=3,               # in each level of the encoder; the decoder has one more
-    ):
+    resolution      of the images in pixels, a multiple of 8; else ValueError
+    in_channels     of the images
+    channels        of the uppermost level
+    classes         number of labels; 0 = unconditional
+    dropout         probability, inside the residual blocks
+    blocks          in each level of the encoder; the decoder has one more
+    """
+
+    def __init__(self, resolution=64, in_channels=3, channels=64, classes=1000, dropout=0.0, blocks=3):
         super().__init__()
         if resolution < 8 or resolution % 8 != 0:
             raise ValueError(f"the UNet needs a resolution that is a multiple of 8, not {resolution}")
@@ -216,19 +216,15 @@ class UNet(torch.nn.Module):
 # channels of each pixel. A decoder block does not, and may take a skip connection, concatenated to its input.
 
 class Block(torch.nn.Module):
-    """(x [N, in_channels, H, W], emb [N, emb_channels]) -> [N, out_channels, H', W']."""
+    """(x [N, in_channels, H, W], emb [N, emb_channels]) -> [N, out_channels, H', W'].
 
-    def __init__(
-        self,
-        in_channels,
-        out_channels,
-        emb_channels,
-        decoder=False,          # a block of the decoder
-        mode="keep",            # what happens to the resolution: "down", "up" or "keep"
-        attention=False,
-        dropout=0.0,
-        takes_skip=False,       # the UNet concatenates a skip connection to x
-    ):
+    mode            what happens to the resolution: "down", "up" or "keep"
+    dropout         probability, inside the residual branch
+    takes_skip      the UNet concatenates a skip connection to x
+    """
+
+    def __init__(self, in_channels, out_channels, emb_channels, decoder=False, mode="keep", attention=False,
+                 dropout=0.0, takes_skip=False):
         super().__init__()
         self.decoder = decoder
         self.mode = mode
@@ -484,7 +480,7 @@ def accelerate(function, device, bf16=False, compiled=False):
 
 # ------------------------------------------------------------------------------------------------------------
 # Checkpoints: dictionaries of tensors and plain data, read with weights_only=True: nothing in one runs. The
-# entry "settings" holds all settings of the run, which build its denoiser.
+# entry "model_config" holds all settings of the run: they build its denoiser and say whose checkpoint it is.
 
 def checkpoint_of(path):
     """`path`, or the checkpoint inside it if it is a run folder."""
@@ -522,7 +518,7 @@ def load_denoiser(path, ema=None, device="cpu", like=None):
     denoiser.
     """
     checkpoint = load_checkpoint(path, device)
-    settings = checkpoint["settings"]
+    settings = checkpoint["model_config"]
     check_format(settings)
     if like is not None:
         check_same_data(settings, like)

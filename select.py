@@ -1,4 +1,4 @@
-"""Choose the examples of a training step: uniform batches, or JEST and AJEST, which pick from a larger batch.
+"""Choose the examples of a training step: JEST and AJEST, which pick a batch from a larger one.
 
 JEST: "Data curation via joint example selection further accelerates multimodal learning" (arXiv 2406.17711).
 AJEST is JEST with the guide of autoguidance as the reference (arXiv 2509.15267). In a loop of your own:
@@ -14,6 +14,8 @@ name: the standard library has a module `select`, and `from select import jest` 
 Scores are logits, so their scale matters: a loss that is summed over pixels selects far harder than a loss
 that is averaged. train.py loads this file by path.
 """
+from dataclasses import dataclass
+
 if __name__ == "select":
     # The standard library looked for its own `select` and found this file, as it does where that module is a
     # shared library (pyenv, conda, macOS). Import it from the other folders; it takes this module's place.
@@ -155,84 +157,56 @@ def mean_std(values):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Selectors. A selector is called with the step and returns the batch to train on and a weight per example.
+# The selector of JEST and AJEST. It is called with the step, and returns the batch to train on and a weight
+# for each example.
 
-class Uniform:
-    """Random batches, all weights 1."""
-
-    def __init__(self, batches):
-        self.batches = batches                                  # batches[step] -> data.Batch
-        self.drawn = batches.n                                  # examples drawn per step
-
-    def __call__(self, step):
-        batch = self.batches[step]
-        return batch, torch.ones_like(batch.sigma)
-
-
+@dataclass
 class Jest:
     """k examples of a super-batch, chosen by their scores and trained on with the noise levels, noise and
     targets that they were scored on. With the guide as the reference this is AJEST."""
-
-    def __init__(
-        self,
-        super_batches,              # super_batches[step] -> data.Batch of B examples
-        learner_loss,               # learner_loss(batch) -> losses [B], without gradient
-        reference_loss,             # the same for the reference; None = the score needs no reference
-        k,                          # examples to choose
-        make_generator,             # make_generator(step) -> torch.Generator
-        chunks=16,                  # the batch is filled in at most this many chunks
-        joint="mean",               # a name in FACTORS
-        debias=False,               # draw once and weigh by inverse inclusion probability
-        uncertainty=None,           # uncertainty(sigma [B]) -> u [B], for the score "root-loss"; None = 0
-        score="learnability",       # score, invert and gain: see `example_scores`
-        invert=False,
-        gain=0.0,
-    ):
-        self.super_batches = super_batches
-        self.learner_loss = learner_loss
-        self.reference_loss = reference_loss
-        self.k = k
-        self.make_generator = make_generator
-        self.chunks = chunks
-        self.joint = joint
-        self.debias = debias
-        self.uncertainty = uncertainty
-        self.score = score
-        self.invert = invert
-        self.gain = gain
-        self.drawn = super_batches.n
-        self.mean_excess = None     # mean of learner's loss - reference's loss, for --until-better
-        self.scores = None          # [B] of the last step
-        self.index = None           # what was chosen of it [k]
+    batches: object                 # batches[step] -> data.Batch of B examples
+    learner_loss: object            # learner_loss(batch) -> losses [B], without gradient
+    reference_loss: object          # the same for the reference; None = the score needs no reference
+    k: int                          # examples to choose
+    make_generator: object          # make_generator(step) -> torch.Generator
+    chunks: int = 16                # the batch is filled in at most this many chunks
+    joint: str = "mean"             # a name in FACTORS
+    debias: bool = False            # draw once and weigh by inverse inclusion probability
+    uncertainty: object = None      # uncertainty(sigma [B]) -> u [B], for the score "root-loss"; None = 0
+    score: str = "learnability"     # score, invert and gain: see `example_scores`
+    invert: bool = False
+    gain: float = 0.0
 
     def __call__(self, step):
-        batch = self.super_batches[step]
+        batch = self.batches[step]
 
         # Score the super-batch.
         learner_losses = self.learner_loss(batch)
         reference_losses = None
+        self.excess = torch.full_like(learner_losses, math.nan)
         if self.reference_loss is not None:
             reference_losses = self.reference_loss(batch)
-            self.mean_excess, _ = mean_std(learner_losses - reference_losses)
+            self.excess = learner_losses - reference_losses
         u = None
         if self.uncertainty is not None:
             u = self.uncertainty(batch.sigma)
-        scores = example_scores(learner_losses, reference_losses, u, self.score, self.invert, self.gain)
+        self.scores = example_scores(
+            learner_losses, reference_losses, u, self.score, self.invert, self.gain)
 
         # Choose k examples.
         generator = self.make_generator(step)
         if self.debias:
-            index, weight = gumbel_top_k(scores, self.k, generator)
+            self.index, weight = gumbel_top_k(self.scores, self.k, generator)
         else:
-            index = jest(scores, self.k, self.chunks, self.joint, generator)
-            weight = torch.ones_like(scores[:self.k])
-        self.scores = scores
-        self.index = index
-        return batch.rows(index), weight
+            self.index = jest(self.scores, self.k, self.chunks, self.joint, generator)
+            weight = torch.ones_like(batch.sigma[:self.k])
+        return batch.rows(self.index), weight
 
-    def score_statistics(self):
-        """[3]: mean and standard deviation of the last super-batch's scores, and the mean of the chosen ones.
-        Only finite scores count."""
+    def statistics(self):
+        """[4] of the last step: mean and standard deviation of the scores, as `jest` gets them, the mean of
+        the chosen ones, and that of the learner's loss less the reference's. Only finite values count; NaN
+        for none."""
         mean, std = mean_std(self.scores)
         chosen, _ = mean_std(self.scores[self.index])
-        return torch.stack([mean, std, chosen])
+        excess, _ = mean_std(self.excess)
+        return torch.stack([mean, std, chosen, excess])

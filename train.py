@@ -1,10 +1,13 @@
 """Train a diffusion model while choosing its data: online (JEST, AJEST) or offline (coreset, class weights).
 
-"Autoguided Online Data Curation for Diffusion Model Training" (arXiv 2509.15267) and "Pruning then
-Reweighting: Towards Data-Efficient Training of Diffusion Models" (arXiv 2409.19128). One run is one folder;
-the same command again resumes it. On the built-in 2-D tree, in a few minutes on a CPU:
+    python train.py --selector ajest --early-steps 5000           the 2-D tree, minutes on a CPU
+    python train.py --data photos/ --size 64                      images, labelled by folder or not
+    python train.py --data photos/ --size 64 --keep 0.1           the most typical tenth of each class only
 
-    python train.py --selector ajest --early-steps 5000
+One run is one folder; the same command again resumes it. Defaults that the help does not show depend on the
+data: see PRESETS in train.py, and config.json in the run folder. The papers: "Autoguided Online Data
+Curation for Diffusion Model Training" (arXiv 2509.15267) and "Pruning then Reweighting: Towards
+Data-Efficient Training of Diffusion Models" (arXiv 2409.19128).
 """
 import argparse
 import contextlib
@@ -54,13 +57,14 @@ def read_processes():
     with data.reading("RANK and WORLD_SIZE", "those of torchrun: unset them"):
         RANK = int(os.environ.get("RANK") or 0)
         WORLD = int(os.environ.get("WORLD_SIZE") or 1)
-        names = ["RANK", "WORLD_SIZE"]
+        needed = []
         if WORLD > 1:
-            names += ["MASTER_ADDR", "MASTER_PORT"]
-        missing = [name for name in names if not os.environ.get(name)]
-        is_single = WORLD == 1 and not os.environ.get("RANK")
-        if not is_single and (missing or not 0 <= RANK < WORLD):
-            raise ValueError(f"process {RANK} of {WORLD}, without {missing}")
+            needed = ["RANK", "MASTER_ADDR", "MASTER_PORT"]
+        elif os.environ.get("RANK"):
+            needed = ["WORLD_SIZE"]
+        missing = [name for name in needed if not os.environ.get(name)]
+        if missing or not 0 <= RANK < WORLD:
+            raise ValueError(f"process {RANK} of {WORLD}, missing: {missing}")
 
 
 def join(device):
@@ -119,18 +123,9 @@ CPU = dict(
 
 MACHINE = {"data", "out", "device", "bf16", "compile", "micro_batch"}   # never taken over from a checkpoint
 
-USAGE = """[--data DATA] [flags]
-
-  python train.py --selector ajest --early-steps 5000           the 2-D tree, no data needed
-  python train.py --data photos/ --size 64                      images, labelled by folder or not
-  python train.py --data photos/ --size 64 --keep 0.1           the most typical tenth of each class only"""
-DESCRIPTION = """Train a diffusion model while choosing its data. The same command again resumes the run.
-Defaults that are not shown depend on the data: see PRESETS in train.py, and config.json in the run folder."""
-
-
 def build_parser():
     """The parser of all flags, in groups by purpose."""
-    parser = data.parser(DESCRIPTION, USAGE)
+    parser = data.parser(__doc__, "[--data DATA] [flags]")
     whole = data.number(int, "[0, inf)")
     count = data.number(int, "[1, inf)")
     amount = data.number(float, "[0, inf)")
@@ -179,8 +174,7 @@ def build_parser():
     add("--filter", type=share, default=0.8, help="share of the super-batch that is left out")
     add("--score", choices=select.SCORES, default="learnability", help="see select.example_scores")
     add("--joint", choices=select.FACTORS,
-        help="what chosen examples add to the scores of others: mean = as in AJEST's code, its default; "
-        "independent = nothing, default of jest; sum = AJEST's matrix in JEST's pseudo-code, undivided")
+        help="what the chosen add to the scores of others (default: mean for ajest, independent for jest)")
     add("--gain", type=amount, default=0.0, help="standardize the scores and multiply them, 0 = raw scores")
     add("--chunks", type=count, default=16, help="JEST fills the batch in this many chunks")
     add("--invert", action="store_true", help="prefer low scores")
@@ -202,9 +196,8 @@ def build_parser():
     add("--sigma-max", type=data.number(float, "(0.002, inf)"), help="noise level at which sampling begins")
     add("--eval-every", type=count, help="steps between evaluations (default: at the end only)")
     add("--eval-samples", type=whole, help="samples scored, 0 = no evaluation")
-    add("--metrics", type=fid.features_name, default="pixels",
-        help="features that score images: pixels = 8x8 averages; inception (FID); own:CKPT = a classifier "
-        "made by fid.py --fit CKPT; none")
+    add("--metrics", type=fid.features_name, default="pixels", help="features that score images: pixels = "
+        "8x8 averages; inception (FID); own:CKPT = a classifier made by fid.py --fit CKPT; none")
 
     add = parser.add_argument_group("coreset and class weights (2409.19128)").add_argument
     add("--keep", type=data.number(float, "(0, 1]"), help="fraction of each class to train on")
@@ -240,7 +233,9 @@ def settings(argv=None):
     join(c.device)
     if RANK > 0:
         barrier()                                               # until process 0 has filled the caches
-    saved, steps_done = saved_run(Path(c.out))
+    path = Path(c.out, "checkpoint.pt")
+    checkpoint = load_run(path) if path.exists() else dict(model_config={})
+    saved = checkpoint["model_config"]
     for name in defaults:
         if name in saved and name not in typed and name not in MACHINE:
             setattr(c, name, saved[name])
@@ -255,22 +250,19 @@ def settings(argv=None):
     refuse(c, typed, dataset)
     c.files = contents_of_files(c)
     if saved:
-        refuse_other_run(c, saved, steps_done)
+        refuse_other_run(c, checkpoint)
     return c, dataset
 
 
 def add_facts_of_data(c, dataset):
     """Add what the network and the checkpoint must know about the data."""
-    c.format = model.FORMAT
-    c.kind = dataset.kind
-    c.shape = list(dataset.shape)
-    c.class_names = list(dataset.class_names)
-    c.class_shares = [1.0]
-    if c.class_names:
-        c.class_shares = (data.class_counts(dataset).double() / len(dataset)).tolist()
-    c.mean = list(getattr(dataset, "mean", ()))
-    c.std = list(getattr(dataset, "std", ()))
-    c.fingerprint = dataset.fingerprint
+    shares = [1.0]
+    if dataset.class_names:
+        shares = (data.class_counts(dataset).double() / len(dataset)).tolist()
+    vars(c).update(
+        format=model.FORMAT, kind=dataset.kind, shape=list(dataset.shape), fingerprint=dataset.fingerprint,
+        class_names=list(dataset.class_names), class_shares=shares, mean=list(dataset.mean),
+        std=list(dataset.std))
 
 
 def add_preset(c):
@@ -291,9 +283,9 @@ def add_preset(c):
     if kind == "tree":
         eighth = min(512, eighth) if c.guide == "snapshot" else 1024
     has_bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-    has_compiler = importlib.util.find_spec("triton") and (shutil.which("cc") or shutil.which("gcc"))
+    has_triton = importlib.util.find_spec("triton") is not None     # which needs a C compiler
     fill(c, dict(
-        bf16=has_bf16 and kind != "tree", compile=cuda and bool(has_compiler),
+        bf16=has_bf16 and kind != "tree", compile=cuda and has_triton and shutil.which("cc") is not None,
         joint="mean" if c.selector == "ajest" else "independent", guide_steps=eighth,
         guide_channels=math.ceil(c.channels / 2), guide_batch=c.batch))
     c.super_batch = round(c.batch / (1 - c.filter))             # B = b / (1 - filter ratio)
@@ -314,8 +306,9 @@ def fill(c, values):
 
 def guide_is_needed_to_train(c):
     """Whether the guide takes part in training, not only in sampling."""
-    ajest = c.selector == "ajest" and needs_reference(c)
-    return ajest or c.class_weights == "dro" or c.guided_targets != 1
+    if c.selector == "ajest" and needs_reference(c):
+        return True
+    return c.class_weights == "dro" or c.guided_targets != 1
 
 
 def guide_is_needed(c):
@@ -328,22 +321,24 @@ def needs_reference(c):
     return c.until_better or c.score in ("learnability", "easy")
 
 
+NOT_NEEDED = "not needed"
+
+
 def is_file(value):
     """Whether the value of a setting in data.FILES is a file, not a word."""
     return value is not None and os.path.isabs(value.removeprefix("own:"))
 
 
 def contents_of_files(c):
-    """{setting: SHA-256 of the file, or the word that stands there}; None for a guide that is not needed. A
-    file may move before a run resumes, but not change."""
+    """{setting: SHA-256 of its file, or the word that stands there}. A file may move before a run resumes,
+    but not change; the guide's is not read where no guide is needed."""
     contents = {name: getattr(c, name) for name in data.FILES}
+    if is_file(c.guide) and not guide_is_needed(c):
+        contents["guide"] = NOT_NEEDED
     for name, value in contents.items():
         if is_file(value):
             path = model.checkpoint_of(value.removeprefix("own:"))
-            contents[name] = None
-            if name != "guide" or guide_is_needed(c):
-                with data.reading(path, f"a file for {flag(name)}"):
-                    contents[name] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+            contents[name] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     return contents
 
 
@@ -357,12 +352,6 @@ def refuse(c, typed, dataset):
     tree = c.kind == "tree"
     jest = c.selector != "uniform"
     from_start = c.selector == "ajest" or c.class_weights == "dro"
-    divisor = (c.micro_batch or 1) * WORLD
-    batches = {"--batch": c.batch}
-    if jest:
-        batches["the super-batch, --batch / (1 - --filter),"] = c.super_batch
-    if c.guide == "train":
-        batches["--guide-batch"] = c.guide_batch
     networks = {c.metrics, c.prune_features}
     needs = [                                                   # flags, what they need, whether it is there
         ("early_steps until_better after filter score joint gain chunks invert debias",
@@ -371,16 +360,14 @@ def refuse(c, typed, dataset):
         ("flip", "images", c.kind == "image" or not c.flip),
         ("class_weights imbalance", "labels, which the data does not have", c.class_names),
         ("targets", "to be sample: exact ones are known for the tree only", tree or c.targets == "sample"),
-        ("metrics prune_features", "images: latents have pixels only",
-         c.kind != "latent" or networks <= {"pixels", "none"}),
+        ("metrics prune_features", "images, or pixels", c.kind != "latent" or networks <= {"pixels", "none"}),
         ("holdout", "more examples than that", tree or c.holdout < len(dataset)),
-        ("eval_samples", "2 or more, and one for each class",
-         c.eval_samples == 0 or c.eval_samples >= max(2, len(c.class_names))),
+        ("eval_samples", "2 or more, and one for each class", c.eval_samples == 0 or
+         c.eval_samples >= max(2, len(c.class_names))),
         ("after", "--early-steps or --until-better", c.early_steps or c.until_better),
         ("chunks", "a draw in chunks, not --debias", not c.debias),
         ("reference", "--selector jest; the reference of ajest is the --guide", c.selector == "jest"),
         ("prune prune_features", "--keep", c.keep is not None),
-        ("prune_features", "a network to see by, not none", c.prune_features != "none"),
         ("eta", "--class-weights dro", c.class_weights == "dro"),
         ("guidance guided_targets", "a --guide", c.guide != "none" or c.guidance == c.guided_targets == 1),
         ("guide", "a checkpoint or train, since ajest and dro begin with a guide",
@@ -391,39 +378,41 @@ def refuse(c, typed, dataset):
             if name in typed and not is_there:
                 raise data.DataError(f"{flag(name)} needs {what}")
     if not tree and (c.shape[1] != c.shape[2] or c.shape[1] % 8):
-        raise data.DataError(f"--size: the UNet needs squares of a multiple of 8 pixels, not {c.shape}")
-    for name, n in batches.items():
-        if n % divisor:
-            raise data.DataError(f"{name} is {n}, not a multiple of {divisor}: --micro-batch times processes")
+        raise data.DataError(f"{c.data}: {c.kind}s of {c.shape}, but the UNet needs squares of a multiple of 8: "
+                             "give images another --size, latents another encoder")
+    divisor = (c.micro_batch or 1) * WORLD
+    sizes = [c.batch, c.super_batch if jest else c.batch]
+    if any(n % divisor for n in sizes) or c.guide_batch % WORLD:
+        raise data.DataError(f"batches of {sizes} (--batch, super-batch) and --guide-batch {c.guide_batch} "
+                             f"must be multiples of {divisor}, --micro-batch times processes")
 
 
-def refuse_other_run(c, saved, steps_done):
-    """DataError where the folder's checkpoint has other settings, other data, other files or more steps."""
-    compared = set(saved) - data.MAY_DIFFER
-    if c.until_better:
-        compared.add("log_every")                               # log lines look who is better
+def refuse_other_run(c, checkpoint):
+    """DataError where the checkpoint in c.out has other settings, other data, other files or more steps."""
+    saved = checkpoint["model_config"]
+    steps_done = checkpoint["progress"]["step"]
     advice = "give another --out, or delete the folder"
     if saved["fingerprint"] != c.fingerprint:
         raise data.DataError(f"{c.out} holds a run on other data: {advice}")
+    compared = set(saved) - data.MAY_DIFFER | set(data.FILES)
+    if c.until_better:
+        compared.add("log_every")                               # log lines look who is better
+    before = saved | saved["files"]
+    now = vars(c) | c.files
     for name in sorted(compared):
-        now = getattr(c, name)
-        if saved[name] != now:
-            raise data.DataError(f"{c.out} holds a run with {flag(name)} {shown(saved[name])}, not "
-                                 f"{shown(now)}: {advice}")
-    for name, now in c.files.items():
-        before = saved["files"][name]
-        if None not in (before, now) and before != now:
-            raise data.DataError(f"{c.out} holds a run with {flag(name)} {saved[name]} ({before[:8]}), not "
-                                 f"{getattr(c, name)} ({now[:8]}): {advice}")
+        if before[name] != now[name] and NOT_NEEDED not in (before[name], now[name]):
+            raise data.DataError(f"{c.out} holds a run with {flag(name)} {shown(saved, name)}, not "
+                                 f"{shown(vars(c), name)}: {advice}")
     if c.steps < steps_done:
         raise data.DataError(f"--steps {c.steps}: the run in {c.out} has done {steps_done}")
 
 
-def shown(value):
-    """A setting as it would be typed."""
-    if isinstance(value, list):
-        return " ".join(str(item) for item in value)
-    return "not given" if value is None else str(value)
+def shown(settings, name):
+    """A setting as people know it; a file with the first digits of its hash."""
+    value = settings[name]
+    if name in data.FILES and is_file(value):
+        return f"{value} ({settings['files'][name][:8]})"
+    return "not given" if value is None else value
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -431,17 +420,18 @@ def shown(value):
 # for people, and the settings, so that a checkpoint knows which run it belongs to.
 
 def new_progress(costs):
-    """What a run has done so far, plain values for its checkpoint and its log. `costs` is a list of (seconds,
-    examples) that were spent on what the run needs: pruning, guide, proxy, reference."""
-    return dict(
-        step=0,
-        seconds=0.0,                # of training
-        examples_trained=0,
-        examples_drawn=0,           # trained on, or only scored
-        selecting=False,            # whether the last step chose its batch
-        ahead=False,                # True once --until-better has ended the selection
-        other_seconds=sum(seconds for seconds, _ in costs),
-        other_examples=sum(examples for _, examples in costs))
+    """What a run has done so far, plain values for its checkpoint and its log.
+
+    seconds         of training
+    examples_drawn  trained on, or only scored
+    selecting       whether the last step chose its batch
+    ahead           True once --until-better has ended the selection
+    other_...       the sums of `costs`, a list of (seconds, examples): pruning, guide, proxy, reference
+    """
+    seconds = sum(seconds for seconds, _ in costs)
+    examples = sum(examples for _, examples in costs)
+    return dict(step=0, seconds=0.0, examples_trained=0, examples_drawn=0, selecting=False, ahead=False,
+                other_seconds=seconds, other_examples=examples)
 
 
 def save(path, c, state, progress, log, guide_path=None):
@@ -451,7 +441,7 @@ def save(path, c, state, progress, log, guide_path=None):
     content = {name: holder.state_dict() for name, holder in state.items()}
     if guide_path is not None:                                  # relative to the run folder
         guide_path = os.path.relpath(os.path.realpath(guide_path), os.path.realpath(c.out))
-    content["settings"] = dict(vars(c), guide_path=guide_path)
+    content["model_config"] = dict(vars(c), guide_path=guide_path)
     content["progress"] = progress
     content["log"] = log
     lines = [json.dumps(record) + "\n" for record in log]
@@ -465,23 +455,14 @@ def load_run(path, device="cpu"):
     """The checkpoint at `path` of a run of this program. DataError if it is none."""
     with data.reading(path, "a checkpoint of this program (give another --out, or delete it)"):
         checkpoint = model.load_checkpoint(path, device)
-        model.check_format(checkpoint["settings"])
+        model.check_format(checkpoint["model_config"])
         return checkpoint
-
-
-def saved_run(folder):
-    """-> (the settings of the run in this folder, the steps that it has done); ({}, 0) for no run."""
-    path = folder / "checkpoint.pt"
-    if not path.exists():
-        return {}, 0
-    checkpoint = load_run(path)
-    return dict(checkpoint["settings"]), checkpoint["progress"]["step"]
 
 
 def restore(path, c, state):
     """Fill `state` from the checkpoint at `path`; -> (progress, log). DataError if it is of another run."""
     checkpoint = load_run(path, c.device)
-    refuse_other_run(c, checkpoint["settings"], checkpoint["progress"]["step"])
+    refuse_other_run(c, checkpoint)
     with data.reading(path, "a checkpoint of this run"):
         for name, holder in state.items():
             holder.load_state_dict(checkpoint[name])
@@ -496,10 +477,8 @@ def load_matching(path, c):
 
 def cost_of(path):
     """-> (seconds, examples) of training the checkpoint at `path` and everything that it needed in turn."""
-    progress = load_run(path)["progress"]
-    seconds = progress["seconds"] + progress["other_seconds"]
-    examples = progress["examples_trained"] + progress["other_examples"]
-    return seconds, examples
+    done = load_run(path)["progress"]
+    return done["seconds"] + done["other_seconds"], done["examples_trained"] + done["other_examples"]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -568,13 +547,13 @@ def frozen_copy(denoiser):
 # The selectors: uniform batches of b, and JEST on super-batches of B. AJEST's reference is the guide.
 
 def make_selectors(c, dataset, denoiser, ema, examples, guide):
-    """-> (select.Uniform for steps that do not select; select.Jest for steps that do, None if none does)."""
+    """-> (data.Batches for steps that do not select; select.Jest for steps that do, None if none does)."""
     make_batches = functools.partial(
         data.Batches, dataset, seed=c.seed, device=c.device, examples=examples, flip=c.flip, P_mean=c.P_mean,
         P_std=c.P_std, targets=c.targets, rows=slice(RANK, None, WORLD))
     batches = make_batches(n=c.batch)
     if c.selector == "uniform":
-        return select.Uniform(batches), None
+        return batches, None
     super_batches = make_batches(n=c.super_batch)
 
     reference = guide
@@ -597,7 +576,7 @@ def make_selectors(c, dataset, denoiser, ema, examples, guide):
         super_batches, make_losses(c, denoiser), reference_loss, c.batch // WORLD, make_generator,
         chunks=c.chunks, joint=c.joint, debias=c.debias, uncertainty=uncertainty,
         score=c.score, invert=c.invert, gain=c.gain)
-    return select.Uniform(super_batches if c.after == "full" else batches), jest
+    return super_batches if c.after == "full" else batches, jest
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -691,18 +670,11 @@ def mean_loss(losses):
     return mean.item()
 
 
-def learner_is_ahead(jest):
-    """Whether the learner's mean loss on the last super-batch is below the reference's."""
-    excess = jest.mean_excess.clone()
-    average([excess])
-    return excess.item() <= 0                                   # False where no loss was finite
-
-
 def score_statistics(jest):
-    """What the log says of the scores of the last super-batch, averaged over the processes."""
-    statistics = jest.score_statistics()
+    """What the log says of the last super-batch, numbers, averaged over the processes."""
+    statistics = jest.statistics()
     average([statistics])
-    return dict(zip(("score_mean", "score_std", "score_chosen"), statistics.tolist()))
+    return dict(zip(("score_mean", "score_std", "score_chosen", "excess"), statistics.tolist()))
 
 
 def show_progress(c, step, loss, milliseconds, statistics):
@@ -794,8 +766,11 @@ def train(c, dataset, folder, examples=None, guide_path=None, class_weights=None
         compiles = c.compile and (selecting, guided) not in compiled
         compiled.add((selecting, guided))
         with clock.paused(compiles):
-            selector = jest if selecting else uniform
-            batch, weight = selector(step)
+            if selecting:
+                batch, weight = jest(step)
+            else:
+                batch = uniform[step]
+                weight = torch.ones_like(batch.sigma)
 
             # Class weights, given or found so far by group DRO: alpha is a class's share of the loss.
             if dro_reference is not None:
@@ -815,7 +790,7 @@ def train(c, dataset, folder, examples=None, guide_path=None, class_weights=None
         losses_to_log.append(losses.mean())
         progress["step"] = step + 1
         progress["examples_trained"] += len(batch.x0) * WORLD
-        progress["examples_drawn"] += selector.drawn
+        progress["examples_drawn"] += c.super_batch if selecting else uniform.n
         progress["selecting"] = selecting
 
         # The snapshot: from now on the guide is a copy of the learner's average.
@@ -837,15 +812,15 @@ def train(c, dataset, folder, examples=None, guide_path=None, class_weights=None
             show_progress(c, step + 1, loss, milliseconds, statistics)
         if is_line:
             if selecting and c.until_better and due(step + 1, c.log_every):
-                progress["ahead"] = learner_is_ahead(jest)
+                progress["ahead"] = statistics["excess"] <= 0   # False if no loss was finite
             progress["seconds"] = clock.read()
             log.append(dict(progress, kind="train", loss=loss, lr=learning_rate(c, step),
                             ln_sigma=batch.sigma.log().mean().item(), **statistics))
             losses_to_log = []
             bad_lines = 0 if math.isfinite(loss) else bad_lines + 1
             if bad_lines == 2 or (bad_lines == 1 and last):
-                raise data.DataError(f"{folder}: the loss is {loss} at step {step + 1}, the last checkpoint is "
-                                     "kept: give --no-bf16, or a lower --lr with another --out")
+                raise data.DataError(f"{folder}: the loss is {loss} at step {step + 1} (the last checkpoint "
+                                     "is kept): --no-bf16 may help, or a lower --lr with another --out")
             if bad_lines == 0 and (last or time.monotonic() - last_save >= c.save_every):
                 with clock.paused():
                     save(path, c, state, progress, log, guide_path)
@@ -901,20 +876,18 @@ def choose_examples(c, dataset, folder):
     pool, held_out = data.split_pool(dataset, c.holdout, c.imbalance, c.seed)
     if c.keep is None:
         return pool, pool, held_out, 0.0
-    features = torch.empty(len(pool), 0)                        # random pruning needs none
-    feature_seconds = 0.0
-    start = time.monotonic()
-    if c.prune != "random" and c.prune_features == "pixels":
+    seconds = -time.monotonic()
+    if c.prune == "random" or c.prune_features == "pixels":
         features = data.pixel_features(dataset, pool)
-    elif c.prune != "random":                                   # cached with the seconds that they took
+    else:                                                       # cached with the seconds that they took
         network = fid.network(c.prune_features, c.device)
         features, feature_seconds = fid.data_features(network, dataset)
         features = features[pool]
-        start = time.monotonic()
+        seconds = feature_seconds - time.monotonic()
     labels = None if dataset.labels is None else dataset.labels[pool]
     priority = data.priorities(features, labels, c.prune, seed=c.seed)
     kept = data.prune(priority, labels, c.keep)                 # positions in the pool
-    seconds = feature_seconds + time.monotonic() - start
+    seconds += time.monotonic()
     if RANK == 0:
         with data.writing(folder / "coreset.png") as file:
             data.coreset_picture(dataset, pool, priority, kept).save(file, format="PNG")

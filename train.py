@@ -282,10 +282,13 @@ def add_preset(c):
     eighth = math.ceil(c.steps / 8)
     if kind == "tree":
         eighth = min(512, eighth) if c.guide == "snapshot" else 1024
-    has_bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-    has_triton = importlib.util.find_spec("triton") is not None     # which needs a C compiler
+    has_bf16 = False
+    has_compiler = False
+    if cuda:
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        has_compiler = importlib.util.find_spec("triton") is not None and shutil.which("cc") is not None
     fill(c, dict(
-        bf16=has_bf16 and kind != "tree", compile=cuda and has_triton and shutil.which("cc") is not None,
+        bf16=has_bf16 and kind != "tree", compile=has_compiler,
         joint="mean" if c.selector == "ajest" else "independent", guide_steps=eighth,
         guide_channels=math.ceil(c.channels / 2), guide_batch=c.batch))
     c.super_batch = round(c.batch / (1 - c.filter))             # B = b / (1 - filter ratio)
@@ -378,8 +381,8 @@ def refuse(c, typed, dataset):
             if name in typed and not is_there:
                 raise data.DataError(f"{flag(name)} needs {what}")
     if not tree and (c.shape[1] != c.shape[2] or c.shape[1] % 8):
-        raise data.DataError(f"{c.data}: {c.kind}s of {c.shape}, but the UNet needs squares of a multiple of 8: "
-                             "give images another --size, latents another encoder")
+        raise data.DataError(f"{c.data}: {c.kind}s of {c.shape}, and the UNet needs squares of a multiple of "
+                             "8: give images another --size, latents another encoder")
     divisor = (c.micro_batch or 1) * WORLD
     sizes = [c.batch, c.super_batch if jest else c.batch]
     if any(n % divisor for n in sizes) or c.guide_batch % WORLD:

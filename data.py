@@ -18,7 +18,6 @@ import pickle
 import shutil
 import signal
 import sys
-import tempfile
 import time
 import typing
 import zipfile
@@ -42,19 +41,14 @@ class Tree:
     """A mixture in the plane: class A of the paper, 127 branches of eight Gaussians each."""
     kind = "tree"
     shape = (2,)
-    class_names = ()
-    mean = ()
-    std = ()
+    class_names = mean = std = ()
 
     def __init__(self, device="cpu"):
         self.device = torch.device(device)
         branches = _grow(np.random.RandomState(2), np.array([0.0030, 0.0325]), np.pi / 4)
-        weight = np.array([weight for weight, _, _ in branches])                        # [K]
-        mean = np.stack([mean for _, mean, _ in branches])                              # [K, 8, 2]
-        cov = np.stack([cov for _, _, cov in branches])                                 # [K, 2, 2]
+        weight, mean, cov = map(np.array, zip(*branches))       # [K], [K, 8, 2], [K, 2, 2]
         weight = weight / (8 * weight.sum())                    # of each of a branch's eight Gaussians
         lam, axes = np.linalg.eigh(cov)                         # cov = axes diag(lam) axes^T
-        middle = mean.mean(1)                                   # [K, 2]
         half = (mean[:, 7] - mean[:, 0]) / 2                    # [K, 2], from the middle to the last Gaussian
         parameters = dict(                                      # float64; K branches, 8 K Gaussians
             cumulative=np.cumsum(weight.repeat(8)),
@@ -62,7 +56,7 @@ class Tree:
             root=(axes * np.sqrt(lam)[:, None, :]).repeat(8, 0),                        # [8 K, 2, 2]
             axes=axes.transpose(2, 1, 0).copy(),                                          # [axis, dim, K]
             lam=lam.T[:, None].copy(),                                                  # [axis, 1, K]
-            middle=np.einsum("kda,kd->ak", axes, middle)[:, None],                      # along the axes
+            middle=np.einsum("kda,kd->ak", axes, mean.mean(1))[:, None],                # along the axes
             half=np.einsum("kda,kd->ak", axes, half)[:, None],
             log_weight=np.log(weight))
         self.fingerprint = hashlib.sha256(np.concatenate([mean.ravel(), cov.ravel()]).tobytes()).hexdigest()
@@ -184,11 +178,8 @@ class Dataset:
 
     def to(self, device):
         """Move the array to `device` (to a GPU only if it takes less than half of the free memory)."""
-        if torch.device(device).type == "cuda":
-            free, _ = torch.cuda.mem_get_info(device)
-            if self.x.nbytes >= free / 2:
-                return self
-        self.x = self.x.to(device)
+        if torch.device(device).type == "cuda" and self.x.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
+            self.x = self.x.to(device)
         return self
 
 
@@ -216,9 +207,7 @@ def unscale(x, config):
     mean = torch.tensor(config["mean"]).reshape(-1, 1, 1).to(x.device)
     std = torch.tensor(config["std"]).reshape(-1, 1, 1).to(x.device)
     raw = x.float() / SIGMA_DATA * std + mean
-    if config["kind"] == "image":
-        return raw.round().clip(0, 255).to(torch.uint8)
-    return raw
+    return raw.round().clip(0, 255).to(torch.uint8) if config["kind"] == "image" else raw
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -285,9 +274,7 @@ class Batches:
         """The Batch of the examples at `index` int64 [n], with flips, noise levels and noise of this step."""
         wanted = index[self.rows]
         x0 = self.dataset.take(wanted, self.device)
-        labels = None
-        if self.dataset.labels is not None:
-            labels = self.dataset.labels[wanted]
+        labels = None if self.dataset.labels is None else self.dataset.labels[wanted]
         if self.flip:
             mirrored = torch.randint(2, (self.n,), generator=self._stream(step, "flip"))[self.rows]     # 0, 1
             labels = mirrored if labels is None else labels + mirrored * len(self.dataset.class_names)
@@ -362,12 +349,11 @@ def load(source, size=None):
     source = Path(source)
     with reading(source, "a data set"):
         cached = cache_folder() / _cache_name(source.resolve(), size)
-    if not cached.exists():
-        require_writable(cached)
-        with reading(source, "a data set"):
+        if not cached.exists():
+            require_writable(cached)
             dataset = _read(source, size)
-        with writing(cached) as file:
-            torch.save(vars(dataset), file)
+            with writing(cached) as file:
+                torch.save(vars(dataset), file)
     with reading(cached, "a cached data set (delete it)"):
         return Dataset(**torch.load(cached, mmap=True, weights_only=True))
 
@@ -379,8 +365,7 @@ def cache_folder():
 
 def _cache_name(source, size):
     """The name of the cached file: a hash of the paths, sizes and times of the source's files, and `size`."""
-    files = list(_walk(source)) if source.is_dir() else [source]
-    stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in _files(source)]
     key = repr((CACHE_VERSION, str(source), size, stamps))
     return hashlib.sha256(key.encode()).hexdigest()[:32] + ".pt"
 
@@ -404,11 +389,9 @@ def _read(source, size):
 
 def _members(source):
     """{name: function that returns the bytes} of the files in a folder or a zip."""
-    members = {}
     if source.is_dir():
-        for file in _walk(source):
-            members[file.relative_to(source).as_posix()] = file.read_bytes
-        return members
+        return {file.relative_to(source).as_posix(): file.read_bytes for file in _files(source)}
+    members = {}
     archive = zipfile.ZipFile(source)
     for info in archive.infolist():
         path = PurePosixPath(info.filename.replace("\\", "/"))
@@ -420,19 +403,15 @@ def _members(source):
     return members
 
 
-def _walk(folder, above=()):
-    """Yield all files below a folder in the order of their names, following links. `above` are the folders on
-    the way, so a link to one of them is an error and not an endless walk."""
-    place = folder.resolve()
-    if place in above:
-        raise ValueError(f"{folder} leads back to a folder above it by symbolic links")
-    for entry in sorted(folder.iterdir()):
-        if _is_hidden(entry.name):
-            continue
-        if entry.is_dir():
-            yield from _walk(entry, (*above, place))
-        else:
-            yield entry
+def _files(path):
+    """Yield a file itself, or all files below a folder in the order of their names, following links. A link
+    to a folder above ends in the system's error: too many levels of symbolic links."""
+    if not path.is_dir():
+        yield path
+        return
+    for entry in sorted(path.iterdir()):
+        if not _is_hidden(entry.name):
+            yield from _files(entry)
 
 
 def _is_hidden(name):
@@ -451,44 +430,38 @@ def _read_images(members, size):
     report = [f"{len(others):,} other files left out ({', '.join(suffixes[:10])})"] if others else []
     if not images:
         raise ValueError(f"it holds no images ({' '.join(IMAGES)}); {' '.join(report)}")
-    class_names = None
     listings = [name for name in others if PurePosixPath(name).name == "dataset.json"]
     if listings:
         label_of = _labels_by_listing(members, listings[0], images)
     else:
-        class_names, label_of = _labels_by_folder(images, others)
+        label_of = _labels_by_folder(images, others)
     images.sort(key=lambda name: (label_of[name], name))
-    labels = [label_of[name] for name in images]
-    if labels[0] is None:
-        labels = None
-
-    def decode(name):
-        return _decode(name, members[name], size)
-
+    labels = None if label_of[images[0]] is None else [label_of[name] for name in images]
+    decode = functools.partial(_decode, members, size)
     with (ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,              # Pillow releases the lock
           contextlib.closing(pool.map(decode, images)) as pictures):            # an error cancels the rest
         x = _stack(pictures, len(images))
-    return _make_dataset(x, labels, class_names, report)
+    return _make_dataset(x, labels, report=report)
 
 
 def _labels_by_folder(images, others):
-    """-> (class names, {name: class number}); for images without folders the numbers are None."""
+    """{name: its class}: the first folder below those that all images share; None if there are no folders."""
     top = os.path.commonpath([os.path.dirname(name) for name in images])
-    folders_of = {name: PurePosixPath(name).relative_to(top).parts[:-1] for name in images}
-    classes = sorted({folders[0] for folders in folders_of.values() if folders})
-    splits = [folder for folder in classes if folder.lower() in SPLITS]
+    label_of = {}
+    for name in images:
+        folders = PurePosixPath(name).relative_to(top).parts[:-1]
+        label_of[name] = folders[0] if folders else None
+    unlabelled = [name for name in images if label_of[name] is None]
+    if 0 < len(unlabelled) < len(images):
+        raise ValueError(f"{unlabelled[0]} lies beside class folders: put all images into these, or none")
+    splits = sorted({folder for folder in label_of.values() if str(folder).lower() in SPLITS})
     if len(splits) > 1:
         raise ValueError(f"{', '.join(splits)} look like splits, not like classes: give one of these folders")
     with_images = {folder for name in images for folder in PurePosixPath(name).parents}
     for name in others:
         if PurePosixPath(name).parent not in with_images:       # a class whose files have unknown suffixes
             raise ValueError(f"the folder of {name} holds no image: convert its files, or move it elsewhere")
-    if not classes:
-        return None, dict.fromkeys(images)
-    for name in images:
-        if not folders_of[name]:
-            raise ValueError(f"{name} lies beside class folders: put all images into class folders, or none")
-    return classes, {name: classes.index(folders[0]) for name, folders in folders_of.items()}
+    return label_of
 
 
 def _labels_by_listing(members, listing, images):
@@ -505,10 +478,10 @@ def _labels_by_listing(members, listing, images):
     return label_of
 
 
-def _decode(name, read, size):
+def _decode(members, size, name):
     """One image file as uint8 [3, H, W], turned upright by EXIF, transparency on white."""
     with reading(name, "an image"):
-        image = ImageOps.exif_transpose(Image.open(io.BytesIO(read())))
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(members[name]())))
         if image.mode[0] in "IF":                               # Pillow would clip them at 255
             raise ValueError("convert it to 8 bits a channel")
         if image.has_transparency_data:
@@ -551,10 +524,8 @@ class _Unpickler(pickle.Unpickler):
         """The object that a name in the pickle stands for; ValueError for all names but four."""
         if (module, name) == ("_codecs", "encode"):
             return lambda text, _: text.encode("latin1")
-        if module.startswith("numpy") and name == "_reconstruct":
-            return np._core.multiarray._reconstruct
-        if module.startswith("numpy") and name in ("ndarray", "dtype"):
-            return getattr(np, name)
+        if module.startswith("numpy") and name in ("_reconstruct", "ndarray", "dtype"):
+            return getattr(np._core.multiarray, name)
         raise ValueError(f"refused, it wants to run {module}.{name}")
 
 
@@ -563,15 +534,11 @@ def _read_cifar(members, size):
     names = [name for name in sorted(members) if PurePosixPath(name).name in CIFAR_BATCHES]
     if len(names) != 5:
         raise ValueError(f"{len(names)} of CIFAR-10's 5 training batches: give a folder with each once")
-    images = []
-    labels = []
-    for name in names:
-        batch = _Unpickler(io.BytesIO(members[name]()), encoding="bytes").load()
-        images.append(batch[b"data"])
-        labels.append(batch[b"labels"])
-    x = _resize_all(np.concatenate(images).reshape(-1, 3, 32, 32), size)
+    batches = [_Unpickler(io.BytesIO(members[name]()), encoding="bytes").load() for name in names]
+    x = np.concatenate([batch[b"data"] for batch in batches]).reshape(-1, 3, 32, 32)
+    labels = np.concatenate([batch[b"labels"] for batch in batches])
     report = [f"CIFAR-10's 5 training batches, {len(members) - 5} other files left out"]
-    return _make_dataset(x, np.concatenate(labels), CIFAR_CLASSES, report)
+    return _make_dataset(_resize_all(x, size), labels, CIFAR_CLASSES, report)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -580,8 +547,7 @@ def _read_cifar(members, size):
 def _read_npz(source, size):
     """The Dataset of its `images` or `latents`, with its `labels`, `class_names`, `mean` and `std` if any."""
     with np.load(source, allow_pickle=False) as file:
-        names = {"images", "latents", "labels", "class_names", "mean", "std"}.intersection(file.files)
-        arrays = {name: file[name] for name in names}
+        arrays = dict(file)
     if "images" not in arrays and "latents" not in arrays:
         raise ValueError("it has neither `images` nor `latents`")
     labels = arrays.get("labels")
@@ -615,8 +581,8 @@ def _resize_all(x, size):
 # What every source ends in: one place that checks sizes, labels and names.
 
 def _make_dataset(x, labels, class_names=None, report=(), kind="image", **scaling):
-    """The Dataset of arrays x [N, C, H, W] and labels [N] or None. Its classes are the labels that occur, in
-    order; `class_names` [K] are those of labels 0 ... K - 1 (None: their numbers)."""
+    """The Dataset of arrays x [N, C, H, W] and labels [N], numbers or names, or None. Its classes are the
+    labels that occur, in order; `class_names` [K] are those of the labels 0 ... K - 1 (None: their own)."""
     if kind == "image" and (x.dtype != np.uint8 or x.shape[1] != 3):
         raise ValueError(f"`images` is {x.dtype} {list(x.shape)}, wanted uint8 [N, 3, H, W] or [N, H, W, 3]")
     x = np.ascontiguousarray(x)
@@ -624,19 +590,18 @@ def _make_dataset(x, labels, class_names=None, report=(), kind="image", **scalin
     classes = "no labels"
     if labels is not None:
         labels = np.asarray(labels)
-        if labels.shape != (len(x),) or labels.dtype.kind not in "iu" or labels.min() < 0:
+        is_number = labels.dtype.kind in "iu" and labels.min() >= 0
+        if labels.shape != (len(x),) or not (is_number or labels.dtype.kind == "U"):
             raise ValueError(f"labels {labels.dtype} {list(labels.shape)}, wanted numbers >= 0 [{len(x)}]")
-        present, numbers, counts = np.unique(labels, return_inverse=True, return_counts=True)
-        dataset.class_names = [str(label) for label in present]
+        names, numbers, counts = np.unique(labels, return_inverse=True, return_counts=True)
         if class_names is not None:
-            if present[-1] >= len(class_names) or len(set(class_names)) < len(class_names):
-                raise ValueError(f"wanted a different class name for each label up to {present[-1]}")
-            dataset.class_names = [str(class_names[label]) for label in present]
+            if names[-1] >= len(class_names) or len(set(class_names)) < len(class_names):
+                raise ValueError(f"wanted a different class name for each label up to {names[-1]}")
+            names = [class_names[label] for label in names]
+        dataset.class_names = [str(name) for name in names]
         dataset.labels = torch.from_numpy(numbers.astype(np.int64))
         first = ", ".join(dataset.class_names[:10])
-        classes = f"{len(present):,} classes of {counts.min():,} to {counts.max():,}: {first}"
-        if len(present) > 10:
-            classes += ", ..."
+        classes = f"{len(names):,} classes of {counts.min():,} to {counts.max():,}: {first}"
     c, h, w = dataset.shape
     dataset.report = [f"{len(x):,} {kind}s of {c}x{h}x{w}", classes, *report]
     values = (x.shape, kind, dataset.class_names, dataset.mean, dataset.std)
@@ -663,9 +628,7 @@ def split_pool(dataset, holdout=0, imbalance=None, seed=0):
     pool = order[holdout:].sort().values
     if imbalance is not None:
         pool = pool[long_tail(dataset.labels[pool], imbalance, seed)]
-    if holdout == 0:
-        return pool, None
-    return pool, held_out
+    return pool, held_out if holdout > 0 else None
 
 
 def long_tail(labels, ratio, seed=0):
@@ -695,9 +658,6 @@ def long_tail(labels, ratio, seed=0):
 #               so that a class may lose everything; this ranks within a class, as the pruning paper prunes.
 #   random      a random number
 
-PRUNING = ("gaussian", "knn", "moderate", "random")
-
-
 def prune(priority, labels, keep):
     """Sorted int64 indices of the examples to keep, by priority [N] and labels [N] (None: one class). `keep`
     in (0, 1] is the fraction of each class, but at least one example is kept; ties go to the earlier one."""
@@ -707,24 +667,8 @@ def prune(priority, labels, keep):
 
 def ranked(priority, labels):
     """The indices of each class that has examples, the best first."""
-    classes = []
-    for members in indices_by_class(labels, len(priority)):
-        order = torch.sort(priority[members], descending=True, stable=True).indices
-        classes.append(members[order])
-    return classes
-
-
-def priorities(features, labels, method="gaussian", k=5, seed=0):
-    """The priority of each example: float64 [N], comparable within a class only. Features are [N, d], labels
-    [N] or None; `method` is one of PRUNING; k is for knn, the seed for random."""
-    if method == "random":
-        return torch.rand(len(features), generator=stream(seed, 0, "prune"), dtype=torch.float64)
-    function = dict(gaussian=_gaussian, knn=_knn, moderate=_moderate)[method]
-    priority = torch.empty(len(features), dtype=torch.float64)
-    for members in indices_by_class(labels, len(features)):
-        x = features[members].double()
-        priority[members] = function(x - x.mean(0), k).cpu()
-    return priority
+    return [members[priority[members].argsort(descending=True, stable=True)]
+            for members in indices_by_class(labels, len(priority))]
 
 
 def indices_by_class(labels, n):
@@ -763,15 +707,28 @@ def neighbour_distance(x, k, block=2048):
     return torch.cat([torch.cdist(rows, x).kthvalue(k + 1).values for rows in x.split(block)])
 
 
+PRUNING = {"gaussian": _gaussian, "knn": _knn, "moderate": _moderate, "random": None}
+
+
+def priorities(features, labels, method="gaussian", k=5, seed=0):
+    """The priority of each example: float64 [N], comparable within a class only. Features are [N, d], labels
+    [N] or None; `method` is one of PRUNING; k is for knn, the seed for random."""
+    if method == "random":
+        return torch.rand(len(features), generator=stream(seed, 0, "prune"), dtype=torch.float64)
+    priority = torch.empty(len(features), dtype=torch.float64)
+    for members in indices_by_class(labels, len(features)):
+        x = features[members].double()
+        priority[members] = PRUNING[method](x - x.mean(0), k).cpu()
+    return priority
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Features that need no network: principal components of the images averaged down to 8x8.
 
 def pixel_features(dataset, index, dims=64):
     """float32 [n, min(dims, 64 C)], on the CPU, of the examples at `index` [n] of a Dataset."""
-    averages = []
-    for rows in index.split(1024):
-        images = dataset.take(rows)
-        averages.append(torch.nn.functional.adaptive_avg_pool2d(images, 8).flatten(1))
+    averages = [torch.nn.functional.adaptive_avg_pool2d(dataset.take(rows), 8).flatten(1)
+                for rows in index.split(1024)]
     x = torch.cat(averages)                                                             # [n, 64 C]
     x = x - x.mean(0)
     axes = torch.linalg.eigh(x.T.double() @ x.double()).eigenvectors.flip(1)[:, :dims]  # largest first
@@ -799,8 +756,7 @@ def read_class_weights(source, class_names):
         content = json.loads(Path(source).read_bytes())
         weight_of = content["weights"]
         if set(weight_of) != set(class_names):
-            raise ValueError(f"it is for the classes {', '.join(list(weight_of)[:5])}, "
-                             f"wanted {', '.join(class_names[:5])}")
+            raise ValueError(f"it is for the classes {list(weight_of)[:5]}, wanted {list(class_names)[:5]}")
         weights = torch.tensor([float(weight_of[name]) for name in class_names])
         if not weights.isfinite().all() or weights.min() < 0 or not weights.any():
             raise ValueError("the weights must be finite, from 0 on, and not all 0")
@@ -809,8 +765,8 @@ def read_class_weights(source, class_names):
 
 def write_class_weights(target, class_names, weights, cost):
     """Write weights [classes] as JSON, with the (seconds, examples) that finding them took."""
-    seconds, examples = cost
-    content = dict(weights=dict(zip(class_names, weights.tolist())), seconds=seconds, examples=examples)
+    weight_of = dict(zip(class_names, weights.tolist()))
+    content = dict(weights=weight_of, seconds=cost[0], examples=cost[1])
     with writing(target) as file:
         file.write(json.dumps(content, indent=1).encode())
 
@@ -876,8 +832,7 @@ def image_rows(rows, names=()):
     `names` of the rows at their left."""
     side = max(48, rows[0].shape[-1])
     left = 100 if names else 0
-    width = left + side * max(len(row) for row in rows)
-    picture = Image.new("RGB", (width, side * len(rows)), "white")
+    picture = Image.new("RGB", (left + side * max(map(len, rows)), side * len(rows)), "white")
     draw = ImageDraw.Draw(picture)
     spread = torch.cat(rows).float().std().clamp_min(1e-6)      # of latents
     for y, row in enumerate(rows):
@@ -885,9 +840,8 @@ def image_rows(rows, names=()):
             draw.text((2, y * side + 14), names[y][:14], fill="black", font=ImageFont.load_default(14))
         if row.dtype != torch.uint8:
             row = (row.float() / spread * 50 + 128).clamp(0, 255).to(torch.uint8)
-        if row.shape[1] < 3:
-            row = row[:, :1].expand(-1, 3, -1, -1)
-        for x, pixels in enumerate(row[:, :3].permute(0, 2, 3, 1).contiguous().cpu().numpy()):
+        channels = [min(channel, row.shape[1] - 1) for channel in range(3)]     # of latents, three or one
+        for x, pixels in enumerate(row[:, channels].permute(0, 2, 3, 1).contiguous().cpu().numpy()):
             image = Image.fromarray(pixels).resize((side, side), Image.BICUBIC)
             picture.paste(image, (left + x * side, y * side))
     return picture
@@ -896,14 +850,13 @@ def image_rows(rows, names=()):
 def class_picture(images, labels=None, class_names=()):
     """Pillow image of images [n, C, H, W]. With labels [n] of two to ten classes a row for each, else
     near-square in the order of the labels."""
-    if labels is None:
-        labels = torch.zeros(len(images), dtype=torch.int64)
-    present = labels.unique().tolist()
-    if 2 <= len(present) <= 10:
-        rows = [images[labels == label] for label in present]
-        return image_rows(rows, [class_names[label] for label in present])
-    columns = math.ceil(len(images) ** 0.5)
-    return image_rows(images[labels.argsort(stable=True)].split(columns))
+    if labels is not None:
+        present = labels.unique().tolist()
+        if 2 <= len(present) <= 10:
+            names = [class_names[label] for label in present]
+            return image_rows([images[labels == label] for label in present], names)
+        images = images[labels.argsort(stable=True)]
+    return image_rows(images.split(math.ceil(len(images) ** 0.5)))
 
 
 def density_picture(density, size=400, center=0.4, side=2.2):
@@ -982,9 +935,7 @@ def writing(target):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
-    except (OSError, RuntimeError) as error:                    # torch.save raises the latter over any other
-        if isinstance(error.__context__, KeyboardInterrupt):
-            raise error.__context__ from None
+    except (OSError, RuntimeError) as error:                    # torch.save raises the latter
         raise DataError(f"{target}: cannot be written, {error}") from None
     finally:
         Path(temporary).unlink(missing_ok=True)
@@ -993,13 +944,10 @@ def writing(target):
 def require_writable(target):
     """Make the folder of `target`. DataError if `target` cannot be written: before the work, not after it."""
     folder = Path(target).absolute().parent
-    try:
+    with reading(target, "a file that can be written"):
         folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise DataError(f"{target}: cannot be written, {error}") from None
-    if os.path.isdir(target):
-        raise DataError(f"{target}: is a folder, give the name of a file")
+        if os.path.isdir(target) or not os.access(folder, os.W_OK):
+            raise ValueError(f"it is a folder, or {folder} is read-only")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1020,9 +968,7 @@ def file_or(*words):
     """Make an argparse type: one of the words, or else a path, which becomes absolute."""
     def parse(text):
         """The word or the absolute path."""
-        if text in words:
-            return text
-        return os.path.abspath(os.path.expanduser(text))
+        return text if text in words else os.path.abspath(path(text))
     return parse
 
 
@@ -1066,9 +1012,8 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 
 def parser(description, usage):
     """An ArgumentParser without abbreviated flags."""
-    usage = f"%(prog)s {usage}"
-    return argparse.ArgumentParser(
-        description=description, usage=usage, allow_abbrev=False, formatter_class=Help)
+    return argparse.ArgumentParser(usage=f"%(prog)s {usage}", description=description,
+                                   allow_abbrev=False, formatter_class=Help)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1111,11 +1056,10 @@ def command(run, stopped="stopped"):
     except (DataError, OSError, torch.OutOfMemoryError) as error:
         first_line = str(error).partition("\n")[0]
         say(f"error: {first_line}")
-        status = 2
+        raise SystemExit(2) from None
     except Stopped as stop:
         say(str(stop) or stopped)
-        status = 128 + stop.number
-    raise SystemExit(status)
+        raise SystemExit(128 + stop.number) from None
 
 
 def say(text, end="\n", file=None):
@@ -1130,9 +1074,7 @@ _progress_shown = -math.inf                     # when the last progress line wa
 def progress(text, last=False):
     """Show `text` on stderr: rewritten in place on a terminal, else every ten seconds and the `last`."""
     global _progress_shown
-    on_terminal = False
-    with contextlib.suppress(AttributeError, OSError, ValueError):              # stderr is None or closed
-        on_terminal = sys.stderr.isatty()
+    on_terminal = os.isatty(2)
     now = time.monotonic()
     if not last and now - _progress_shown <= (0.5 if on_terminal else 10):
         return

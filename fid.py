@@ -386,7 +386,7 @@ def compare(folders, out="compare.png", metric=None):
     drawn = [row for row in sorted(curves) if metric in (None, row[0])]
     if not drawn:
         names = ", ".join(sorted({name for name, _ in curves}))
-        raise data.DataError(f"--metric {metric}: the runs have {names or 'no evaluations'}")
+        raise data.DataError(f"--metric: the runs have {names or 'no evaluations'}")
     chart(out, ", ".join(drawn[0]), curves[drawn[0]])
     return "\n\n".join(table(seeds, curves, axis) for axis in range(2))
 
@@ -445,7 +445,7 @@ def table(seeds, curves, axis):
     for row, arms in sorted(curves.items()):
         x = min(points[-1, axis] for runs in arms.values() for points in runs)
         cells = [mean_at(x, axis, arms.get(arm, []), len(seeds[arm])) for arm in seeds]
-        lines.append([*row, f"{x:,.10g}", *cells])
+        lines.append([*row, f"{x:,.1f}".removesuffix(".0"), *cells])
     text = f"At equal {AXES[axis]}.\nEach row is read where its shortest run ends; (n) = n runs:\n"
     return "\n".join([text, *(f"| {' | '.join(cells)} |" for cells in lines)])
 
@@ -543,29 +543,33 @@ def load_classifier(path):
     """The Classifier in a file of `fit`, with its `id` and `size`. Raises DataError."""
     with data.reading(path, "a classifier (fid.py --fit)"):
         file = model.load_checkpoint(path)
-        make = functools.partial(Classifier, len(file["class_names"]), file["width"])
-        net = model.with_weights(make, file["model"])
+        net = model.with_weights(lambda: Classifier(len(file["class_names"]), file["width"]), file["model"])
         net.size = file["size"]
         net.id = _id_of_file("own", path)
     return net
 
 
 def _id_of_file(kind, path):
-    """The id of a network from a file: "KIND:HASH", or "inception" for the published weights."""
-    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    return kind if digest.startswith(WEIGHTS_HASH) else f"{kind}:{digest[:12]}"
+    """The id of a network from a file, "KIND:HASH": other weights share no cache of features."""
+    return f"{kind}:{hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]}"
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Fitting a classifier: SGD with Nesterov momentum under a one-cycle learning rate, up for a quarter of the
 # steps, then down to 0. A tenth of the examples is held out.
 
-def fit(path, dataset, epochs=3, width=8, device="cpu", seed=0):
-    """Train a Classifier, `width` channels in its first layer, for so many epochs over nine tenths of a
-    data.Dataset, and write it to `path`; -> its accuracy on the held-out tenth. Raises DataError."""
+def fit(path, dataset, epochs=None, width=None, device="cpu", seed=0):
+    """Train a Classifier on a data.Dataset and write it to `path`; -> its accuracy on the held-out tenth.
+
+    epochs are passes over the other nine tenths (None: 15 on CUDA, else 3), width is the number of channels
+    of the first layer (None: 64 on CUDA, else 8), and the seed is that of the weights, the held-out tenth and
+    the order. Raises DataError.
+    """
     if dataset.kind != "image" or len(dataset.class_names) < 2 or len(dataset) < 20:
         raise data.DataError("--fit needs 20 or more images of two or more classes")
     on_cuda = torch.device(device).type == "cuda"
+    epochs = epochs or (15 if on_cuda else 3)
+    width = width or (64 if on_cuda else 8)
     torch.manual_seed(seed)
     held_out, index = torch.randperm(len(dataset)).tensor_split([len(dataset) // 10])
     batch = min(512 if on_cuda else 128, len(index))
@@ -699,10 +703,7 @@ class Inception(torch.nn.Module):
 
 def load_inception(path=None):
     """Inception with the weights in the file `path`; None = the file $FID_INCEPTION_WEIGHTS, else the one in
-    torch's hub cache, which is downloaded first if it does not exist. Raises DataError.
-
-    Its `id` is "inception" for the published weights; others have a hash, so that they share no cache.
-    """
+    torch's hub cache, which is downloaded first if it does not exist. Raises DataError."""
     advice = "give own:CKPT, pixels, or the file of the weights in $FID_INCEPTION_WEIGHTS"
     cached = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(WEIGHTS_URL))
     path = data.path(path or os.environ.get("FID_INCEPTION_WEIGHTS") or cached)
@@ -751,7 +752,7 @@ def read_side(path, size):
     """The Dataset at `path`, or (mu float64 [2048], sigma [2048, 2048]) from an .npz of pytorch-fid. Raises
     DataError."""
     if path.endswith(".npz"):
-        with data.reading(path, "a data set, nor statistics (mu [2048], sigma)"), np.load(path) as file:
+        with data.reading(path, "a data set, nor finite FID statistics (mu, sigma)"), np.load(path) as file:
             if "mu" in file and "sigma" in file:
                 mu = torch.from_numpy(file["mu"]).double()
                 sigma = torch.from_numpy(file["sigma"]).double()
@@ -771,21 +772,21 @@ def build_parser():
     """The parser of all flags."""
     usage = "REAL FAKE [flags], or: --fit CKPT DATA [flags], or: --compare RUN ... [flags]"
     parser = data.parser("Score one set of images against another, or compare training runs.", usage)
-    cuda = torch.cuda.is_available()
     count = data.number(int, "[1, inf)")
     add = parser.add_argument
     add("paths", nargs="+", type=data.path, metavar="PATH", help="REAL FAKE: each a folder, zip or .npz of "
         "images or an .npz of FID statistics (mu, sigma); with --fit one data set; with --compare runs")
+    add("--device", type=data.device, default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu, cuda or cuda:N")
+    add("--seed", type=data.number(int, "[0, 1e15]"), default=0, help="of --fit (weights, held-out tenth)")
     add("--size", type=data.number(int, "[8, 4096]"), help="center-crop images and resize them to this size")
-    add("--features", type=features_name, default="inception", help="network that scores: inception (for the "
-        "FID), own:CKPT (made by --fit; for small images) or pixels (8x8 averages) (default: %(default)s)")
-    add("--inception-weights", type=data.path, help="(default: $FID_INCEPTION_WEIGHTS, else a download)")
-    add("--device", type=data.device, default="cuda" if cuda else "cpu", help="(default: %(default)s)")
-    add("--epochs", type=count, default=15 if cuda else 3, help="of --fit (default: 15 on CUDA, else 3)")
-    add("--width", type=count, default=64 if cuda else 8, help="of --fit (default: 64 on CUDA, else 8)")
-    add("--seed", type=data.number(int, "[0, 1e15]"), default=0, help="of --fit (default: %(default)s)")
+    add("--features", type=features_name, default="inception", help="network that scores: inception (its "
+        "distance is the FID), own:CKPT (made by --fit; for small images), or pixels (8x8 averages)")
+    add("--inception-weights", type=data.path, help="file (default: $FID_INCEPTION_WEIGHTS, else a download)")
+    add("--epochs", type=count, help="of --fit, passes over the data (default: 15 on CUDA, else 3)")
+    add("--width", type=count, help="of --fit, an eighth of the features (default: 64 on CUDA, else 8)")
     add("--metric", help="of --compare, the metric to draw (default: the first)")
-    add("--out", type=data.path, default="compare.png", help="of --compare, the chart (default: %(default)s)")
+    add("--out", type=data.path, default="compare.png", help="of --compare, the chart")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--fit", type=data.path, metavar="CKPT", help="fit a small classifier to labelled images")
     add("--compare", action="store_true", help="compare run folders; -s0 -s1 ... are one arm")

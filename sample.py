@@ -74,19 +74,19 @@ def build_parser():
     add("checkpoint", type=data.path, metavar="RUN_OR_CHECKPOINT", help="run folder or checkpoint file")
     add("--out", type=data.path, required=True, help="NAME.png: a picture; NAME.npz: arrays; a folder: PNGs")
     add("--device", type=data.device, default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cpu, cuda or cuda:N (default: %(default)s)")
-    add("--seed", type=data.number(int, "[0, 1e15]"), default=0, help="sample i takes seed + i (default: 0)")
-    add("--n", type=count, default=64, help="number of samples (default: %(default)s)")
+        help="cpu, cuda or cuda:N")
+    add("--seed", type=data.number(int, "[0, 1e15]"), default=0, help="sample i takes seed + i")
+    add("--n", type=count, default=64, help="number of samples")
     add("--class", dest="class_name", metavar="NAME", help="sample this class (default: all, as in the data)")
     add("--guidance", type=amount, metavar="W", help="samples follow D_guide + W (D_model - D_guide), so "
         "that 1 is the model alone (default: as evaluated)")
     add("--guide", type=data.path, help="the weaker model that guidance leads away from (default: the run's)")
-    add("--interval", type=amount, nargs=2, metavar=("LO", "HI"), help="noise levels to guide (default: all)")
+    add("--interval", type=amount, nargs=2, metavar=("LO", "HI"), help="levels to guide at (default: all)")
     add("--ema", type=amount, metavar="LENGTH", help="average of the weights to sample, by its length as a "
         "fraction of the training; 0 = the last weights (default: as evaluated)")
     add("--steps", type=count, help="Heun steps (default: as evaluated)")
-    add("--sigma-max", type=data.number(float, "(0.002, inf)"), help="initial noise (default: as evaluated)")
-    add("--batch", type=count, default=64, help="samples at a time, changes none (default: %(default)s)")
+    add("--sigma-max", type=data.number(float, "(0.002, inf)"), help="initial sigma (default: as evaluated)")
+    add("--batch", type=count, default=64, help="samples at a time, which changes none of them")
     return parser
 
 
@@ -100,7 +100,7 @@ def guided(args, network):
     weight = args.guidance
     if weight is None:
         weight = config["guidance"] if config["guide_path"] is not None else 1.0
-    bf16, _ = data.supported(args.device, config["bf16"] and args.device != "cpu", False)
+    bf16 = config["bf16"] and args.device != "cpu"
     network = model.accelerate(network, args.device, bf16)
     if weight == 1:
         if args.guide is not None or args.interval is not None:

@@ -57,13 +57,10 @@ def read_processes():
     with data.reading("RANK and WORLD_SIZE", "those of torchrun: unset them"):
         RANK = int(os.environ.get("RANK") or 0)
         WORLD = int(os.environ.get("WORLD_SIZE") or 1)
-        needed = []
-        if WORLD > 1:
-            needed = ["RANK", "MASTER_ADDR", "MASTER_PORT"]
-        elif os.environ.get("RANK"):
-            needed = ["WORLD_SIZE"]
-        missing = [name for name in needed if not os.environ.get(name)]
-        if missing or not 0 <= RANK < WORLD:
+        names = ["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]
+        missing = [name for name in names if not os.environ.get(name)]
+        is_torchrun = WORLD > 1 or "RANK" not in missing
+        if (is_torchrun and missing) or not 0 <= RANK < WORLD:
             raise ValueError(f"process {RANK} of {WORLD}, missing: {missing}")
 
 
@@ -82,12 +79,13 @@ def barrier():
 
 
 def average(tensors):
-    """Average a list of tensors over the processes, in place and in one message."""
+    """Average a list of tensors over the processes, in place and in one message; -> the list."""
     if WORLD > 1:
         flat = torch.cat([tensor.flatten() for tensor in tensors])
         torch.distributed.all_reduce(flat)
         means = (flat / WORLD).split([tensor.numel() for tensor in tensors])
         torch._foreach_copy_(tensors, [mean.view_as(tensor) for mean, tensor in zip(means, tensors)])
+    return tensors
 
 
 def process_stream(c, step, name, device="cpu"):
@@ -96,32 +94,28 @@ def process_stream(c, step, name, device="cpu"):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Presets, chosen by the data, for what no flag sets. The tree follows the toy of 2406.02507. Noise levels and
-# dropout of images and latents are those of EDM and EDM2; learning rate (theirs: 0.017 for 64 channels) and
-# warm-up (theirs: 10 million images) are not. CPU replaces values for images and latents without a GPU.
+# Presets, chosen by the data, for what no flag sets: COMMON with the kind's own values over it, and CPU over
+# those of images and latents without a GPU. The tree follows the toy of 2406.02507. Noise levels and dropout
+# of images and latents are those of EDM and EDM2; learning rate (theirs: 0.017 for 64 channels) and warm-up
+# (theirs: 10 million images) are not.
 
 COMMON = dict(
-    blocks=3, dropout=0.0, warmup=0, sampling_steps=32, sigma_max=80.0, targets="sample", eval_samples=10_000,
-    log_every=50, flip=False)
+    channels=64, blocks=3, batch=256, steps=20_000, lr_decay=4000, warmup=200, dropout=0.0, ema=[0.05, 0.10],
+    targets="sample", flip=True, sampling_steps=32, sigma_max=80.0, eval_samples=10_000, log_every=50)
 PRESETS = {
     "tree": dict(
-        channels=64, batch=816, steps=8_000, lr_decay=512, ema=[0.02, 0.10], P_mean=-2.3, P_std=1.5,
-        sigma_max=5.0, targets="exact", guidance=3.0, guide_channels=32, guide_batch=4096,
+        batch=816, steps=8_000, lr_decay=512, warmup=0, ema=[0.02, 0.10], P_mean=-2.3, P_std=1.5,
+        targets="exact", flip=False, sigma_max=5.0, guidance=3.0, guide_channels=32, guide_batch=4096,
         eval_samples=163_840, log_every=100),
-    "32": dict(
-        channels=64, batch=512, steps=20_000, lr_decay=2000, warmup=200, dropout=0.13, ema=[0.05, 0.10],
-        P_mean=-1.2, P_std=1.2, guidance=1.6, flip=True),
-    "64": dict(
-        channels=64, batch=256, steps=20_000, lr_decay=4000, warmup=200, ema=[0.05, 0.10],
-        P_mean=-0.8, P_std=1.6, guidance=1.8, flip=True),
-    "latent": dict(
-        channels=128, batch=256, steps=20_000, lr_decay=4000, warmup=200, ema=[0.05, 0.10],
-        P_mean=-0.4, P_std=1.0, guidance=1.8)}
+    "32": dict(batch=512, lr_decay=2000, dropout=0.13, P_mean=-1.2, P_std=1.2, guidance=1.6),
+    "64": dict(P_mean=-0.8, P_std=1.6, guidance=1.8),
+    "latent": dict(channels=128, flip=False, P_mean=-0.4, P_std=1.0, guidance=1.8)}
 CPU = dict(
     channels=24, blocks=1, batch=64, steps=1000, lr_decay=400, warmup=50, dropout=0.0, sampling_steps=16,
     eval_samples=256, log_every=20)
 
 MACHINE = {"data", "out", "device", "bf16", "compile", "micro_batch"}   # never taken over from a checkpoint
+
 
 def build_parser():
     """The parser of all flags, in groups by purpose."""
@@ -137,8 +131,8 @@ def build_parser():
     add = parser.add_argument_group("data and run").add_argument
     add("--data", type=data.path, help="folder or zip of images, or an .npz (default: the 2-D tree)")
     add("--out", type=data.path, help="run folder (default: runs/DATA-SELECTOR)")
-    best = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", type=data.device, default=best, help="cpu or cuda")
+    cuda = torch.cuda.is_available()
+    add("--device", type=data.device, default="cuda" if cuda else "cpu", help="cpu, cuda or cuda:N")
     add("--seed", type=data.number(int, "[0, 1e15]"), default=0, help="of weights, data, noise and selection")
     add("--size", type=data.number(int, "[8, 4096]"), help="crop images to a square and resize it")
     add("--flip", action=on_off, help="mirror half of the images, as classes of their own")
@@ -159,22 +153,21 @@ def build_parser():
     add("--lr-decay", type=count, help="steps after which the learning rate falls as 1/sqrt(step)")
     add("--warmup", type=whole, help="steps of linear warm-up, 0 = off")
     add("--dropout", type=share, help="dropout inside the residual blocks")
-    add("--ema", type=data.number(float, "(0, 0.28)"), nargs="+",
-        help="lengths of the averages of the weights, as shares of the training; the first is sampled")
+    add("--ema", type=data.number(float, "(0, 0.28)"), nargs="+", help="lengths of averages of the weights, "
+        "as shares of the training; the first is sampled")
     add("--targets", choices=("sample", "exact"), help="exact = the mean of all clean examples, on the tree")
     add("--P-mean", type=data.number(float, "(-inf, inf)"), help="mean of ln sigma in training")
     add("--P-std", type=positive, help="standard deviation of ln sigma in training")
 
     add = parser.add_argument_group("online selection (2509.15267)").add_argument
-    add("--selector", choices=("uniform", "jest", "ajest"), default="uniform",
-        help="at random; or of a super-batch what the --guide (ajest) or --reference (jest) does better")
+    add("--selector", choices=("uniform", "jest", "ajest"), default="uniform", help="at random, or of a "
+        "super-batch what the --guide (ajest) or --reference (jest) does better")
     add("--early-steps", type=whole, default=0, help="select during the first N steps only, 0 = throughout")
     add("--until-better", action="store_true", help="select until the learner is better than the reference")
     add("--after", choices=("uniform", "full"), default="uniform", help="batches after early selection")
     add("--filter", type=share, default=0.8, help="share of the super-batch that is left out")
     add("--score", choices=select.SCORES, default="learnability", help="see select.example_scores")
-    add("--joint", choices=select.FACTORS,
-        help="what the chosen add to the scores of others (default: mean for ajest, independent for jest)")
+    add("--joint", choices=select.FACTORS, help="see select.FACTORS (default: mean, of jest independent)")
     add("--gain", type=amount, default=0.0, help="standardize the scores and multiply them, 0 = raw scores")
     add("--chunks", type=count, default=16, help="JEST fills the batch in this many chunks")
     add("--invert", action="store_true", help="prefer low scores")
@@ -182,15 +175,12 @@ def build_parser():
     add("--reference", type=data.file_or(), help="checkpoint for jest (default: the learner's own average)")
 
     add = parser.add_argument_group("guide, sampling and evaluation (2406.02507)").add_argument
-    add("--guide", type=data.file_or("train", "snapshot", "none"),
-        help="a run or checkpoint; train = train a smaller model first (default of ajest and dro); "
-        "snapshot = the model's own average after --guide-steps (default otherwise); none")
+    add("--guide", type=data.file_or("train", "snapshot", "none"), help="a run or checkpoint; none; train = "
+        "a smaller model first (default of ajest and dro); snapshot = its own average at --guide-steps")
     add("--guide-channels", type=count, help="width of a trained guide (default: half of --channels)")
     add("--guide-batch", type=count, help="batch of a trained guide (default: --batch; tree: 4096)")
-    add("--guide-steps", type=count, help="steps of a trained guide, or the step of the snapshot (default: "
-        "an eighth of --steps; tree: 1024, of a snapshot at most 512)")
-    add("--guided-targets", type=from_one, default=1.0, metavar="W",
-        help="train the network to be its own autoguided denoiser of weight W, 1 = off")
+    add("--guide-steps", type=count, help="of a trained guide, or to the snapshot (default: see add_preset)")
+    add("--guided-targets", type=from_one, default=1.0, help="train towards guidance of this weight, 1 = off")
     add("--guidance", type=amount, help="weight of the guide in samples, 1 = off")
     add("--sampling-steps", type=count, help="steps of the Heun sampler")
     add("--sigma-max", type=data.number(float, "(0.002, inf)"), help="noise level at which sampling begins")
@@ -239,10 +229,7 @@ def settings(argv=None):
     for name in defaults:
         if name in saved and name not in typed and name not in MACHINE:
             setattr(c, name, saved[name])
-    if c.data is None:
-        dataset = data.Tree(c.device)
-    else:
-        dataset = data.load(c.data, c.size).to(c.device)
+    dataset = data.load(c.data, c.size).to(c.device) if c.data else data.Tree(c.device)
     if RANK == 0:
         data.say("\n".join(dataset.report))
     add_facts_of_data(c, dataset)
@@ -256,13 +243,12 @@ def settings(argv=None):
 
 def add_facts_of_data(c, dataset):
     """Add what the network and the checkpoint must know about the data."""
-    shares = [1.0]
-    if dataset.class_names:
-        shares = (data.class_counts(dataset).double() / len(dataset)).tolist()
+    names = list(dataset.class_names)
+    shares = (data.class_counts(dataset).double() / len(dataset)).tolist() if names else [1.0]
     vars(c).update(
         format=model.FORMAT, kind=dataset.kind, shape=list(dataset.shape), fingerprint=dataset.fingerprint,
-        class_names=list(dataset.class_names), class_shares=shares, mean=list(dataset.mean),
-        std=list(dataset.std))
+        class_names=names, class_shares=shares, mean=list(dataset.mean), std=list(dataset.std),
+        guide_path=None)
 
 
 def add_preset(c):
@@ -282,19 +268,15 @@ def add_preset(c):
     eighth = math.ceil(c.steps / 8)
     if kind == "tree":
         eighth = min(512, eighth) if c.guide == "snapshot" else 1024
-    has_bf16 = False
-    has_compiler = False
-    if cuda:
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        has_compiler = importlib.util.find_spec("triton") is not None and shutil.which("cc") is not None
+    has_compiler = importlib.util.find_spec("triton") is not None and shutil.which("cc") is not None
     fill(c, dict(
-        bf16=has_bf16 and kind != "tree", compile=has_compiler,
-        joint="mean" if c.selector == "ajest" else "independent", guide_steps=eighth,
-        guide_channels=math.ceil(c.channels / 2), guide_batch=c.batch))
+        bf16=kind != "tree" and cuda and torch.cuda.is_bf16_supported(including_emulation=False),
+        compile=cuda and has_compiler, joint="mean" if c.selector == "ajest" else "independent",
+        guide_steps=eighth, guide_channels=math.ceil(c.channels / 2), guide_batch=c.batch))
     c.super_batch = round(c.batch / (1 - c.filter))             # B = b / (1 - filter ratio)
-    c.classes = len(c.class_names)                              # labels that the network knows
-    if c.flip:                                                  # mirrored images are classes of their own
-        c.classes = 2 * max(c.classes, 1)
+
+    # Labels that the network knows: mirrored images are classes of their own.
+    c.classes = 2 * max(len(c.class_names), 1) if c.flip else len(c.class_names)
 
     # Evaluations take the preset's noise levels, so that runs with another --P-mean compare.
     c.eval_levels = dict(P_mean=preset["P_mean"], P_std=preset["P_std"])
@@ -309,9 +291,7 @@ def fill(c, values):
 
 def guide_is_needed_to_train(c):
     """Whether the guide takes part in training, not only in sampling."""
-    if c.selector == "ajest" and needs_reference(c):
-        return True
-    return c.class_weights == "dro" or c.guided_targets != 1
+    return (c.selector == "ajest" and needs_reference(c)) or c.class_weights == "dro" or c.guided_targets != 1
 
 
 def guide_is_needed(c):
@@ -324,9 +304,6 @@ def needs_reference(c):
     return c.until_better or c.score in ("learnability", "easy")
 
 
-NOT_NEEDED = "not needed"
-
-
 def is_file(value):
     """Whether the value of a setting in data.FILES is a file, not a word."""
     return value is not None and os.path.isabs(value.removeprefix("own:"))
@@ -334,10 +311,8 @@ def is_file(value):
 
 def contents_of_files(c):
     """{setting: SHA-256 of its file, or the word that stands there}. A file may move before a run resumes,
-    but not change; the guide's is not read where no guide is needed."""
+    but not change."""
     contents = {name: getattr(c, name) for name in data.FILES}
-    if is_file(c.guide) and not guide_is_needed(c):
-        contents["guide"] = NOT_NEEDED
     for name, value in contents.items():
         if is_file(value):
             path = model.checkpoint_of(value.removeprefix("own:"))
@@ -356,6 +331,7 @@ def refuse(c, typed, dataset):
     jest = c.selector != "uniform"
     from_start = c.selector == "ajest" or c.class_weights == "dro"
     networks = {c.metrics, c.prune_features}
+    fewest = max(2, len(c.class_names))
     needs = [                                                   # flags, what they need, whether it is there
         ("early_steps until_better after filter score joint gain chunks invert debias",
          "--selector jest or ajest", jest),
@@ -365,29 +341,28 @@ def refuse(c, typed, dataset):
         ("targets", "to be sample: exact ones are known for the tree only", tree or c.targets == "sample"),
         ("metrics prune_features", "images, or pixels", c.kind != "latent" or networks <= {"pixels", "none"}),
         ("holdout", "more examples than that", tree or c.holdout < len(dataset)),
-        ("eval_samples", "2 or more, and one for each class", c.eval_samples == 0 or
-         c.eval_samples >= max(2, len(c.class_names))),
+        ("eval_samples", "2 or more, and one for each class", c.eval_samples not in range(1, fewest)),
         ("after", "--early-steps or --until-better", c.early_steps or c.until_better),
         ("chunks", "a draw in chunks, not --debias", not c.debias),
         ("reference", "--selector jest; the reference of ajest is the --guide", c.selector == "jest"),
         ("prune prune_features", "--keep", c.keep is not None),
         ("eta", "--class-weights dro", c.class_weights == "dro"),
         ("guidance guided_targets", "a --guide", c.guide != "none" or c.guidance == c.guided_targets == 1),
-        ("guide", "a checkpoint or train, since ajest and dro begin with a guide",
-         not from_start or c.guide not in ("none", "snapshot")),
+        ("guide", "a checkpoint or train", c.guide not in ("none", "snapshot") or not from_start),
         ("guide_steps", "at least as many --steps", c.guide != "snapshot" or c.guide_steps <= c.steps)]
     for names, what, is_there in needs:
         for name in names.split():
             if name in typed and not is_there:
                 raise data.DataError(f"{flag(name)} needs {what}")
     if not tree and (c.shape[1] != c.shape[2] or c.shape[1] % 8):
-        raise data.DataError(f"{c.data}: {c.kind}s of {c.shape}, and the UNet needs squares of a multiple of "
-                             "8: give images another --size, latents another encoder")
+        raise data.DataError(f"{c.data}: {c.kind}s of {c.shape}, but the UNet needs squares, a multiple of 8")
     divisor = (c.micro_batch or 1) * WORLD
     sizes = [c.batch, c.super_batch if jest else c.batch]
     if any(n % divisor for n in sizes) or c.guide_batch % WORLD:
-        raise data.DataError(f"batches of {sizes} (--batch, super-batch) and --guide-batch {c.guide_batch} "
-                             f"must be multiples of {divisor}, --micro-batch times processes")
+        raise data.DataError(f"--batch, super-batch {sizes} and --guide-batch {c.guide_batch} must be "
+                             f"multiples of --micro-batch times processes, {divisor}")
+    if is_file(c.class_weights):                                # before anything is trained
+        data.read_class_weights(c.class_weights, c.class_names)
 
 
 def refuse_other_run(c, checkpoint):
@@ -403,7 +378,7 @@ def refuse_other_run(c, checkpoint):
     before = saved | saved["files"]
     now = vars(c) | c.files
     for name in sorted(compared):
-        if before[name] != now[name] and NOT_NEEDED not in (before[name], now[name]):
+        if before[name] != now[name]:
             raise data.DataError(f"{c.out} holds a run with {flag(name)} {shown(saved, name)}, not "
                                  f"{shown(vars(c), name)}: {advice}")
     if c.steps < steps_done:
@@ -431,22 +406,16 @@ def new_progress(costs):
     ahead           True once --until-better has ended the selection
     other_...       the sums of `costs`, a list of (seconds, examples): pruning, guide, proxy, reference
     """
-    seconds = sum(seconds for seconds, _ in costs)
-    examples = sum(examples for _, examples in costs)
     return dict(step=0, seconds=0.0, examples_trained=0, examples_drawn=0, selecting=False, ahead=False,
-                other_seconds=seconds, other_examples=examples)
+                other_seconds=sum(seconds for seconds, _ in costs), other_examples=sum(n for _, n in costs))
 
 
-def save(path, c, state, progress, log, guide_path=None):
+def save(path, c, state, progress, log):
     """Write a checkpoint of `state`, {name: object with a state_dict}, and its log beside it."""
     if RANK > 0:
         return
     content = {name: holder.state_dict() for name, holder in state.items()}
-    if guide_path is not None:                                  # relative to the run folder
-        guide_path = os.path.relpath(os.path.realpath(guide_path), os.path.realpath(c.out))
-    content["model_config"] = dict(vars(c), guide_path=guide_path)
-    content["progress"] = progress
-    content["log"] = log
+    content |= dict(model_config=vars(c), progress=progress, log=log)
     lines = [json.dumps(record) + "\n" for record in log]
     with data.writing(path.with_name("log.jsonl")) as file:
         file.write("".join(lines).encode())
@@ -533,11 +502,10 @@ def make_losses(c, network):
         """The losses [n], computed in micro-batches."""
         training = network.training
         network.eval()
-        micro_losses = []
-        for rows in data.micro_batches(len(batch.x0), c.micro_batch):
-            micro_losses.append(loss(*batch.rows(rows)))
+        parts_of_batch = [batch.rows(rows) for rows in data.micro_batches(len(batch.x0), c.micro_batch)]
+        values = torch.cat([loss(*micro_batch) for micro_batch in parts_of_batch])
         network.train(training)
-        return torch.cat(micro_losses)
+        return values
     return losses
 
 
@@ -567,18 +535,11 @@ def make_selectors(c, dataset, denoiser, ema, examples, guide):
         for parameter, mean in zip(reference.parameters(), ema.averages[c.ema[0]]):
             parameter.data = mean                               # shares storage with the average
     reference_loss = make_losses(c, reference) if needs_reference(c) else None
-    uncertainty = None
-    if c.kind != "tree" and c.score == "root-loss":
-        uncertainty = torch.no_grad()(denoiser.u)
-
-    def make_generator(step):
-        """Each process chooses from its own super-batch, so it has a stream of its own."""
-        return process_stream(c, step, "select", c.device)
-
+    uncertainty = torch.no_grad()(denoiser.u) if c.kind != "tree" and c.score == "root-loss" else None
     jest = select.Jest(
-        super_batches, make_losses(c, denoiser), reference_loss, c.batch // WORLD, make_generator,
-        chunks=c.chunks, joint=c.joint, debias=c.debias, uncertainty=uncertainty,
-        score=c.score, invert=c.invert, gain=c.gain)
+        super_batches, make_losses(c, denoiser), reference_loss, c.batch // WORLD,
+        lambda step: process_stream(c, step, "select", c.device), chunks=c.chunks, joint=c.joint,
+        debias=c.debias, uncertainty=uncertainty, score=c.score, invert=c.invert, gain=c.gain)
     return super_batches if c.after == "full" else batches, jest
 
 
@@ -651,11 +612,8 @@ class Stopwatch:
         return time.monotonic() - self.start
 
     @contextlib.contextmanager
-    def paused(self, condition=True):
-        """Leave out what happens inside, such as an evaluation, if the condition holds."""
-        if not condition:
-            yield
-            return
+    def paused(self):
+        """Leave out what happens inside: evaluating, saving, compiling."""
         before = self.read()
         yield
         self.start += self.read() - before
@@ -666,17 +624,9 @@ def due(step, every, last=None):
     return step == last or (every is not None and step > 0 and step % every == 0)
 
 
-def mean_loss(losses):
-    """The mean of a list of tensors [] over steps and processes, a number."""
-    mean = torch.stack(losses).mean()
-    average([mean])
-    return mean.item()
-
-
 def score_statistics(jest):
     """What the log says of the last super-batch, numbers, averaged over the processes."""
-    statistics = jest.statistics()
-    average([statistics])
+    statistics, = average([jest.statistics()])
     return dict(zip(("score_mean", "score_std", "score_chosen", "excess"), statistics.tolist()))
 
 
@@ -732,10 +682,13 @@ def train(c, dataset, folder, examples=None, guide_path=None, class_weights=None
     if c.guide == "snapshot" and progress["step"] >= c.guide_steps:
         guide_path = folder / "guide.pt"
     guide = None                                                # until there is one
-    if guide_path is not None and guide_is_needed(c):
-        guide = load_matching(guide_path, c)
+    if guide_path is not None:
+        c.guide_path = os.path.relpath(os.path.realpath(guide_path), os.path.realpath(c.out))
+        if guide_is_needed(c):
+            guide = load_matching(guide_path, c)
+    save_run = functools.partial(save, path, c, state, progress, log)
     if path.exists():
-        save(path, c, state, progress, log, guide_path)         # sample.py reads a changed --guidance
+        save_run()                                              # sample.py reads a changed --guidance
 
     # Objectives, selectors, clock.
     objective = make_objective(c, denoiser)
@@ -755,9 +708,9 @@ def train(c, dataset, folder, examples=None, guide_path=None, class_weights=None
             guidance = 1.0 if guide is None else c.guidance
             with clock.paused():
                 if not evaluation.is_logged(log, step, guidance):
-                    save(path, c, state, progress, log, guide_path)
+                    save_run()
                     log += evaluation(learner.averaged(), guide if guidance != 1 else None, progress)
-                    save(path, c, state, progress, log, guide_path)
+                    save_run()
                 evaluation.show(log, step, guidance)
         if step == c.steps:
             break
@@ -768,7 +721,7 @@ def train(c, dataset, folder, examples=None, guide_path=None, class_weights=None
         guided = c.guided_targets != 1 and guide is not None
         compiles = c.compile and (selecting, guided) not in compiled
         compiled.add((selecting, guided))
-        with clock.paused(compiles):
+        with clock.paused() if compiles else contextlib.nullcontext():
             if selecting:
                 batch, weight = jest(step)
             else:
@@ -788,8 +741,7 @@ def train(c, dataset, folder, examples=None, guide_path=None, class_weights=None
             learner.update(step)
             if dro_reference is not None:
                 totals = dro.totals(losses - reference_loss(batch), batch.labels % len(c.class_names))
-                average([totals])
-                dro.update(WORLD * totals)                      # the sum over the processes
+                dro.update(WORLD * average([totals])[0])        # the sum over the processes
         losses_to_log.append(losses.mean())
         progress["step"] = step + 1
         progress["examples_trained"] += len(batch.x0) * WORLD
@@ -798,18 +750,18 @@ def train(c, dataset, folder, examples=None, guide_path=None, class_weights=None
 
         # The snapshot: from now on the guide is a copy of the learner's average.
         if c.guide == "snapshot" and step + 1 == c.guide_steps:
-            so_far = dict(progress, seconds=clock.read())
             with clock.paused():
+                so_far = dict(progress, seconds=clock.read())
+                save(folder / "guide.pt", c, dict(model=denoiser, ema=ema), so_far, log)
+                c.guide_path = "guide.pt"
                 guide = frozen_copy(learner.averaged())
                 guided_objective = make_objective(c, denoiser, guide)
-                guide_path = folder / "guide.pt"
-                save(guide_path, c, dict(model=denoiser, ema=ema), so_far, log)
 
         # Log and save. With --until-better a regular log line ends selection if the learner is ahead.
         last = step + 1 == c.steps
         is_line = last or due(step + 1, c.log_every) or due(step + 1, c.eval_every)
         if is_line or step == first_step:
-            loss = mean_loss(losses_to_log)
+            loss = average([torch.stack(losses_to_log).mean()])[0].item()
             statistics = score_statistics(jest) if selecting else {}
             milliseconds = 1000 * (clock.read() - progress["seconds"]) / len(losses_to_log)
             show_progress(c, step + 1, loss, milliseconds, statistics)
@@ -822,11 +774,11 @@ def train(c, dataset, folder, examples=None, guide_path=None, class_weights=None
             losses_to_log = []
             bad_lines = 0 if math.isfinite(loss) else bad_lines + 1
             if bad_lines == 2 or (bad_lines == 1 and last):
-                raise data.DataError(f"{folder}: the loss is {loss} at step {step + 1} (the last checkpoint "
-                                     "is kept): --no-bf16 may help, or a lower --lr with another --out")
+                raise data.DataError(f"{folder}: the loss is {loss} at step {step + 1}: --no-bf16 may help, "
+                                     "or a lower --lr with another --out")
             if bad_lines == 0 and (last or time.monotonic() - last_save >= c.save_every):
                 with clock.paused():
-                    save(path, c, state, progress, log, guide_path)
+                    save_run()
                 last_save = time.monotonic()
 
         # A signal that came during the step.
@@ -835,7 +787,7 @@ def train(c, dataset, folder, examples=None, guide_path=None, class_weights=None
             words = f"stopped at step {step + 1}"
             if bad_lines == 0 and losses.mean().isfinite():
                 progress["seconds"] = clock.read()
-                save(path, c, state, progress, log, guide_path)
+                save_run()
                 words += ", saved: the same command resumes"
             raise data.Stopped(data.signals.received, words)
 
@@ -879,18 +831,17 @@ def choose_examples(c, dataset, folder):
     pool, held_out = data.split_pool(dataset, c.holdout, c.imbalance, c.seed)
     if c.keep is None:
         return pool, pool, held_out, 0.0
-    seconds = -time.monotonic()
+    start = time.monotonic()
     if c.prune == "random" or c.prune_features == "pixels":
         features = data.pixel_features(dataset, pool)
     else:                                                       # cached with the seconds that they took
-        network = fid.network(c.prune_features, c.device)
-        features, feature_seconds = fid.data_features(network, dataset)
+        features, seconds = fid.data_features(fid.network(c.prune_features, c.device), dataset)
         features = features[pool]
-        seconds = feature_seconds - time.monotonic()
+        start = time.monotonic() - seconds
     labels = None if dataset.labels is None else dataset.labels[pool]
     priority = data.priorities(features, labels, c.prune, seed=c.seed)
     kept = data.prune(priority, labels, c.keep)                 # positions in the pool
-    seconds += time.monotonic()
+    seconds = time.monotonic() - start
     if RANK == 0:
         with data.writing(folder / "coreset.png") as file:
             data.coreset_picture(dataset, pool, priority, kept).save(file, format="PNG")
@@ -903,15 +854,14 @@ def find_class_weights(c, dataset, folder, examples, reference_path):
     if c.class_weights is None:
         return None, (0.0, 0)
     counts = data.class_counts(dataset, examples)
+    weights = 1 / counts.clamp(min=1)
     cost = (0.0, 0)
     if c.class_weights == "dro":
         proxy = stage_folder(c, "proxy")
         weights = train(stage_settings(c, "proxy"), dataset, proxy, examples, dro_reference=reference_path,
                         costs=[cost_of(reference_path)])
         cost = cost_of(proxy / "checkpoint.pt")
-    elif c.class_weights == "inverse":
-        weights = 1 / counts.clamp(min=1)
-    else:
+    elif c.class_weights != "inverse":
         weights, cost = data.read_class_weights(c.class_weights, c.class_names)
     weights = data.class_weights_of_mean_one(weights, counts)
     if c.class_weights == "dro" and RANK == 0:                  # for people, and for --class-weights FILE
@@ -927,13 +877,9 @@ def run_stages(c, dataset, folder):
         evaluation = fid.Evaluation(c, dataset, folder, held_out)
     if RANK == 0:
         barrier()                                               # the others read the caches that it filled
-    if is_file(c.class_weights):                                # before anything is trained
-        data.read_class_weights(c.class_weights, c.class_names)
-    if RANK == 0:
         with data.writing(folder / "config.json") as file:
             file.write(json.dumps(vars(c), indent=1).encode())
-        data.say(f"{folder}: {c.channels} channels, {c.steps:,} steps of {c.batch}, {c.selector} batches, "
-                 f"guide {c.guide}, {c.eval_samples:,} samples scored")
+        data.say(f"{folder}: {c.steps:,} steps of {c.batch}, {c.selector} batches, guide {c.guide}")
 
     # What else is trained for the model. With group DRO the guide is the reference, too: it sees the pool.
     guide_path = None

@@ -602,8 +602,7 @@ def _make_dataset(x, labels, class_names=None, report=(), kind="image", **scalin
         dataset.labels = torch.from_numpy(numbers.astype(np.int64))
         first = ", ".join(dataset.class_names[:10])
         classes = f"{len(names):,} classes of {counts.min():,} to {counts.max():,}: {first}"
-    c, h, w = dataset.shape
-    dataset.report = [f"{len(x):,} {kind}s of {c}x{h}x{w}", classes, *report]
+    dataset.report = [f"{len(x):,} {kind}s of {'x'.join(map(str, dataset.shape))}", classes, *report]
     values = (x.shape, kind, dataset.class_names, dataset.mean, dataset.std)
     digest = hashlib.sha256(repr(values).encode())
     digest.update(x)
@@ -658,6 +657,9 @@ def long_tail(labels, ratio, seed=0):
 #               so that a class may lose everything; this ranks within a class, as the pruning paper prunes.
 #   random      a random number
 
+PRUNING = ("gaussian", "knn", "moderate", "random")
+
+
 def prune(priority, labels, keep):
     """Sorted int64 indices of the examples to keep, by priority [N] and labels [N] (None: one class). `keep`
     in (0, 1] is the fraction of each class, but at least one example is kept; ties go to the earlier one."""
@@ -707,18 +709,16 @@ def neighbour_distance(x, k, block=2048):
     return torch.cat([torch.cdist(rows, x).kthvalue(k + 1).values for rows in x.split(block)])
 
 
-PRUNING = {"gaussian": _gaussian, "knn": _knn, "moderate": _moderate, "random": None}
-
-
 def priorities(features, labels, method="gaussian", k=5, seed=0):
     """The priority of each example: float64 [N], comparable within a class only. Features are [N, d], labels
     [N] or None; `method` is one of PRUNING; k is for knn, the seed for random."""
     if method == "random":
         return torch.rand(len(features), generator=stream(seed, 0, "prune"), dtype=torch.float64)
+    function = dict(gaussian=_gaussian, knn=_knn, moderate=_moderate)[method]
     priority = torch.empty(len(features), dtype=torch.float64)
     for members in indices_by_class(labels, len(features)):
         x = features[members].double()
-        priority[members] = PRUNING[method](x - x.mean(0), k).cpu()
+        priority[members] = function(x - x.mean(0), k).cpu()
     return priority
 
 
@@ -727,9 +727,8 @@ def priorities(features, labels, method="gaussian", k=5, seed=0):
 
 def pixel_features(dataset, index, dims=64):
     """float32 [n, min(dims, 64 C)], on the CPU, of the examples at `index` [n] of a Dataset."""
-    averages = [torch.nn.functional.adaptive_avg_pool2d(dataset.take(rows), 8).flatten(1)
-                for rows in index.split(1024)]
-    x = torch.cat(averages)                                                             # [n, 64 C]
+    x = torch.cat([torch.nn.functional.adaptive_avg_pool2d(dataset.take(rows), 8).flatten(1)
+                   for rows in index.split(1024)])                                      # [n, 64 C]
     x = x - x.mean(0)
     axes = torch.linalg.eigh(x.T.double() @ x.double()).eigenvectors.flip(1)[:, :dims]  # largest first
     return x @ axes.float()
@@ -765,8 +764,7 @@ def read_class_weights(source, class_names):
 
 def write_class_weights(target, class_names, weights, cost):
     """Write weights [classes] as JSON, with the (seconds, examples) that finding them took."""
-    weight_of = dict(zip(class_names, weights.tolist()))
-    content = dict(weights=weight_of, seconds=cost[0], examples=cost[1])
+    content = dict(weights=dict(zip(class_names, weights.tolist())), seconds=cost[0], examples=cost[1])
     with writing(target) as file:
         file.write(json.dumps(content, indent=1).encode())
 
@@ -833,15 +831,16 @@ def image_rows(rows, names=()):
     side = max(48, rows[0].shape[-1])
     left = 100 if names else 0
     picture = Image.new("RGB", (left + side * max(map(len, rows)), side * len(rows)), "white")
-    draw = ImageDraw.Draw(picture)
     spread = torch.cat(rows).float().std().clamp_min(1e-6)      # of latents
     for y, row in enumerate(rows):
         if y < len(names):
-            draw.text((2, y * side + 14), names[y][:14], fill="black", font=ImageFont.load_default(14))
+            corner = (2, y * side + 14)
+            ImageDraw.Draw(picture).text(corner, names[y][:14], fill="black", font=ImageFont.load_default(14))
         if row.dtype != torch.uint8:
             row = (row.float() / spread * 50 + 128).clamp(0, 255).to(torch.uint8)
-        channels = [min(channel, row.shape[1] - 1) for channel in range(3)]     # of latents, three or one
-        for x, pixels in enumerate(row[:, channels].permute(0, 2, 3, 1).contiguous().cpu().numpy()):
+        if row.shape[1] < 3:
+            row = row[:, :1].expand(-1, 3, -1, -1)
+        for x, pixels in enumerate(row[:, :3].permute(0, 2, 3, 1).contiguous().cpu().numpy()):
             image = Image.fromarray(pixels).resize((side, side), Image.BICUBIC)
             picture.paste(image, (left + x * side, y * side))
     return picture
@@ -878,8 +877,7 @@ def density_picture(density, size=400, center=0.4, side=2.2):
 def panels(pictures, titles):
     """Pillow image of pictures side by side, with a title each."""
     width = sum(picture.width + 8 for picture in pictures)
-    height = max(picture.height for picture in pictures)
-    canvas = Image.new("RGB", (width, height + 24), "white")
+    canvas = Image.new("RGB", (width, max(picture.height for picture in pictures) + 24), "white")
     x = 0
     for picture, title in zip(pictures, titles):
         canvas.paste(picture, (x, 24))
@@ -996,7 +994,7 @@ def device(text):
         if int(os.environ.get("WORLD_SIZE") or 1) > 1:
             index = int(os.environ.get("LOCAL_RANK") or 0)
         torch.cuda.set_device(index)                            # before the first call that would take cuda:0
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, AttributeError) as error:             # the last: torch without CUDA
         raise argparse.ArgumentTypeError(f"{text} cannot be used: {error}") from None
     return f"cuda:{index}"
 

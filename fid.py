@@ -1,12 +1,12 @@
 """Metrics of samples, the evaluation of a training run, and the comparison of runs.
 
+    python fid.py --fit features.pt data/cifar10 --size 16                        once: features to score by
+    python fid.py data/cifar10 samples.npz --size 16 --features own:features.pt   distance, precision, recall
+    python fid.py --compare runs/uniform-s0 runs/uniform-s1 runs/ajest-s0         tables and compare.png
+
 Fréchet Inception distance: https://arxiv.org/abs/1706.08500. Improved precision and recall:
 https://arxiv.org/abs/1904.06991. Images are always scored as uint8. The feature networks and the command line
-stand at the end. To score two image sets, to fit a classifier for its features, or to compare training runs:
-
-    python fid.py REAL FAKE --features inception
-    python fid.py --fit features.pt DATA
-    python fid.py --compare runs/uniform-s0 runs/uniform-s1 runs/ajest-s0 runs/ajest-s1
+stand at the end of the file.
 """
 import argparse
 import functools
@@ -260,12 +260,12 @@ class Evaluation:
             self.real, _ = data_features(self.net, dataset)
             self.real_moments = moments(self.real)
             warn_of_few(c.eval_samples, "--eval-samples")
-        self.protocol = (
-            f"{features}, {c.eval_samples} samples, {c.sampling_steps} steps, data {c.fingerprint[:8]}")
+        self.protocol = dict(features=features, data=c.fingerprint[:8], samples=c.eval_samples,
+                             sampling_steps=c.sampling_steps)
 
     def records(self, log, step, guidance):
         """The evaluations in the log of this step, at this weight of guidance and by this protocol."""
-        wanted = dict(kind="eval", step=step, guidance=guidance, protocol=self.protocol)
+        wanted = dict(self.protocol, kind="eval", step=step, guidance=guidance)
         return [record for record in log if wanted.items() <= record.items()]
 
     def is_logged(self, log, step, guidance):
@@ -278,7 +278,7 @@ class Evaluation:
             records = self.records(log, step, w)
             if records and records[-1]["metrics"]:
                 way = "unguided" if w == 1 else f"guidance {w:g}"
-                words = "  ".join(f"{name} {value:.4f}" for name, value in records[-1]["metrics"].items())
+                words = "  ".join(f"{name} {records[-1][name]:.4f}" for name in records[-1]["metrics"])
                 data.say(f"step {step}, {way} ({self.c.eval_samples:,} samples):  {words}", file=sys.stdout)
 
     def __call__(self, denoiser, guide_denoiser, progress):
@@ -291,18 +291,19 @@ class Evaluation:
         records = []
         samples = {}
         for w, title in titles.items():
-            record = dict(progress, kind="eval", guidance=w, protocol=self.protocol, metrics={})
-            records.append(record)
+            metrics = {}
+            try:
+                samples[title] = self.sample(guide.autoguided(main, guide_network, w), title)
+                metrics = self.metrics(samples[title], title)
+                if w == 1:
+                    metrics |= self.losses(main)
+            except data.DataError as error:                     # samples that are not finite
+                data.say(f"step {progress['step']}, {title}: no metrics, {error}")
+            record = dict(progress, kind="eval", guidance=w, metrics=list(metrics)) | self.protocol | metrics
             if w != 1:
                 record["other_seconds"] += self.guide_cost[0]
                 record["other_examples"] += self.guide_cost[1]
-            try:
-                samples[title] = self.sample(guide.autoguided(main, guide_network, w), title)
-                record["metrics"] = self.metrics(samples[title], title)
-                if w == 1:
-                    record["metrics"] |= self.losses(main)
-            except data.DataError as error:                     # samples that are not finite
-                data.say(f"step {progress['step']}, {title}: no metrics, {error}")
+            records.append(record)
         self.write_picture(samples)
         return records
 
@@ -385,8 +386,7 @@ def compare(folders, out="compare.png", metric=None):
     seeds, curves = read_arms(folders)
     drawn = [row for row in sorted(curves) if metric in (None, row[0])]
     if not drawn:
-        names = ", ".join(sorted({name for name, _ in curves}))
-        raise data.DataError(f"--metric: the runs have {names or 'no evaluations'}")
+        raise data.DataError(f"--metric: the runs have {sorted({name for name, _ in curves})}")
     chart(out, ", ".join(drawn[0]), curves[drawn[0]])
     return "\n\n".join(table(seeds, curves, axis) for axis in range(2))
 
@@ -429,11 +429,12 @@ def read_run(folder):
         log = [json.loads(line) for line in Path(folder, "log.jsonl").read_text().splitlines()]
         for record in [record for record in log if record["kind"] == "eval"]:
             guided = "" if record["guidance"] == 1 else f", guided {record['guidance']:g}"
+            protocol = "{features}, {samples} samples, {sampling_steps} steps, data {data}".format(**record)
             seconds = record["seconds"] + record["other_seconds"]
-            for name, value in (record["metrics"] | {"other_examples": record["other_examples"]}).items():
-                if np.isfinite(value):
-                    row = points.setdefault((name + guided, record["protocol"]), [])
-                    row.append((record["examples_trained"], seconds, value))
+            for name in [*record["metrics"], "other_examples"]:
+                if np.isfinite(record[name]):
+                    row = points.setdefault((name + guided, protocol), [])
+                    row.append((record["examples_trained"], seconds, record[name]))
     return config, {row: np.array(sorted(values)) for row, values in points.items()}
 
 
@@ -565,8 +566,9 @@ def fit(path, dataset, epochs=None, width=None, device="cpu", seed=0):
     of the first layer (None: 64 on CUDA, else 8), and the seed is that of the weights, the held-out tenth and
     the order. Raises DataError.
     """
-    if dataset.kind != "image" or len(dataset.class_names) < 2 or len(dataset) < 20:
-        raise data.DataError("--fit needs 20 or more images of two or more classes")
+    is_small = len(dataset) < 20 or len(dataset.class_names) < 2 or min(dataset.shape[1:]) < 8
+    if dataset.kind != "image" or is_small:
+        raise data.DataError("--fit needs 20 or more images of two or more classes, from 8x8 pixels on")
     on_cuda = torch.device(device).type == "cuda"
     epochs = epochs or (15 if on_cuda else 3)
     width = width or (64 if on_cuda else 8)
@@ -771,7 +773,7 @@ def read_side(path, size):
 def build_parser():
     """The parser of all flags."""
     usage = "REAL FAKE [flags], or: --fit CKPT DATA [flags], or: --compare RUN ... [flags]"
-    parser = data.parser("Score one set of images against another, or compare training runs.", usage)
+    parser = data.parser(__doc__, usage)
     count = data.number(int, "[1, inf)")
     add = parser.add_argument
     add("paths", nargs="+", type=data.path, metavar="PATH", help="REAL FAKE: each a folder, zip or .npz of "
@@ -786,7 +788,7 @@ def build_parser():
     add("--epochs", type=count, help="of --fit, passes over the data (default: 15 on CUDA, else 3)")
     add("--width", type=count, help="of --fit, an eighth of the features (default: 64 on CUDA, else 8)")
     add("--metric", help="of --compare, the metric to draw (default: the first)")
-    add("--out", type=data.path, default="compare.png", help="of --compare, the chart")
+    add("--out", type=data.path, default="compare.png", help="of --compare, the chart, a PNG")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--fit", type=data.path, metavar="CKPT", help="fit a small classifier to labelled images")
     add("--compare", action="store_true", help="compare run folders; -s0 -s1 ... are one arm")
@@ -797,8 +799,6 @@ def main(argv=None):
     """Carry out the command: compare runs, fit a classifier, or score FAKE against REAL."""
     args = build_parser().parse_args(argv)
     if args.compare:
-        if not args.out.endswith(".png"):
-            raise data.DataError(f"--out {args.out}: the chart is a .png")
         data.require_writable(args.out)
         data.say(compare(args.paths, args.out, args.metric), file=sys.stdout)
         return

@@ -68,13 +68,11 @@ class Denoiser(torch.nn.Module):
             target = x0
         x = x0 + per_example(sigma, x0) * noise
         D_x = self(x, sigma, labels)
-        losses = per_example_loss(D_x, target, sigma)
-        return losses, D_x
+        return per_example_loss(D_x, target, sigma), D_x
 
     def u(self, sigma):
         """Learned log-uncertainty of the loss at noise levels [N] -> [N] (EDM2 section 2.2); UNet only."""
-        features = self.u_fourier(sigma.log() / 4)
-        return self.u_out(features).squeeze(1).float()
+        return self.u_out(self.u_fourier(sigma.log() / 4)).squeeze(1).float()
 
 
 def preconditioning(sigma):
@@ -142,8 +140,6 @@ class UNet(torch.nn.Module):
         super().__init__()
         if resolution < 8 or resolution % 8 != 0:
             raise ValueError(f"the UNet needs a resolution that is a multiple of 8, not {resolution}")
-        self.resolution = resolution
-        self.in_channels = in_channels
         self.classes = classes
         emb_channels = 4 * channels
         self.fourier = MPFourier(channels)
@@ -419,11 +415,8 @@ class PowerEMA:
     """Averages of a module's parameters, whose lengths `stds` are fractions of the training so far."""
 
     def __init__(self, module, stds):
-        self.names = []
-        self.parameters = []
-        for name, parameter in module.named_parameters():
-            self.names.append(name)
-            self.parameters.append(parameter)
+        self.names = [name for name, _ in module.named_parameters()]
+        self.parameters = list(module.parameters())
         self.gammas = {std: ema_gamma(std) for std in stds}
         self.averages = {std: [x.detach().clone() for x in self.parameters] for std in stds}
 
@@ -460,7 +453,7 @@ def ema_gamma(std):
 # bf16 autocast and one compiled graph with static shapes around a function of tensors.
 
 def accelerate(function, device, bf16=False, compiled=False):
-    """`function` under autocast and, if `compiled`, as one graph; it keeps a denoiser's shape and classes."""
+    """`function` under autocast and, if `compiled`, as one graph; it keeps a denoiser's shape."""
     device_type = torch.device(device).type
     torch.backends.cudnn.benchmark = True                       # all shapes are fixed
 
@@ -474,7 +467,6 @@ def accelerate(function, device, bf16=False, compiled=False):
         torch._dynamo.config.cache_size_limit = 256
         run = torch.compile(run, fullgraph=True, dynamic=False)
     run.shape = getattr(function, "shape", None)
-    run.classes = getattr(function, "classes", 0)
     return run
 
 
@@ -484,9 +476,7 @@ def accelerate(function, device, bf16=False, compiled=False):
 
 def checkpoint_of(path):
     """`path`, or the checkpoint inside it if it is a run folder."""
-    if os.path.isdir(path):
-        return os.path.join(path, "checkpoint.pt")
-    return path
+    return os.path.join(path, "checkpoint.pt") if os.path.isdir(path) else path
 
 
 def load_checkpoint(path, device="cpu"):
@@ -530,8 +520,8 @@ def load_denoiser(path, ema=None, device="cpu", like=None):
             raise ValueError(f"it has no EMA of length {length} (--ema), only {', '.join(averages)}")
         weights |= averages[length]
     denoiser = with_weights(functools.partial(build, settings), weights)
-    denoiser = denoiser.to(device).float().eval().requires_grad_(False)
-    return denoiser.to(memory_format=torch.channels_last)
+    denoiser = denoiser.to(device, torch.float32, memory_format=torch.channels_last)
+    return denoiser.eval().requires_grad_(False)
 
 
 def with_weights(make, weights):
@@ -549,7 +539,5 @@ def with_weights(make, weights):
 def check_same_data(settings, like):
     """ValueError unless two denoisers are for the same data, so that one can guide or judge the other."""
     for name in ("kind", "shape", "classes", "class_names", "mean", "std"):
-        value = settings[name]
-        wanted = like[name]
-        if value != wanted:
-            raise ValueError(f"its {name} {value} is not {wanted}")
+        if settings[name] != like[name]:
+            raise ValueError(f"its {name} {settings[name]} is not {like[name]}")

@@ -1,7 +1,9 @@
 """Sample a trained model, with or without autoguidance (arXiv 2406.02507): checkpoint in, images, latents or
 points out.
 
-    python sample.py runs/tree-ajest --n 10000 --out points.npz
+    python sample.py runs/tree-ajest --n 10000 --out points.npz        as the run was evaluated
+    python sample.py runs/cifar10-ajest --class cat --out cats.png     a picture of one class
+    python sample.py runs/cifar10-ajest --guidance 1 --out unguided    without guidance, one PNG an image
 
 The checkpoint alone rebuilds the model. Without flags it is sampled as its run was evaluated: with the same
 guide, guidance weight, noise levels and Heun steps and, on a GPU, in the same precision. One thing differs:
@@ -56,20 +58,13 @@ def draw(args, config, denoiser, labels):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Flags. `python sample.py --help` begins with USAGE.
-
-USAGE = """RUN_OR_CHECKPOINT --out OUT [flags]
-
-  python sample.py runs/tree-ajest --n 10000 --out points.npz        as the run was evaluated
-  python sample.py runs/cifar10-ajest --class cat --out cats.png     a picture of one class
-  python sample.py runs/cifar10-ajest --guidance 1 --out unguided    without guidance, one PNG an image"""
-
+# Flags.
 
 def build_parser():
     """The parser of all flags."""
     count = data.number(int, "[1, inf)")
     amount = data.number(float, "[0, inf)")
-    parser = data.parser("Sample a trained model, without flags as its run was evaluated.", USAGE)
+    parser = data.parser(__doc__, "RUN_OR_CHECKPOINT --out OUT [flags]")
     add = parser.add_argument
     add("checkpoint", type=data.path, metavar="RUN_OR_CHECKPOINT", help="run folder or checkpoint file")
     add("--out", type=data.path, required=True, help="NAME.png: a picture; NAME.npz: arrays; a folder: PNGs")
@@ -110,14 +105,11 @@ def guided(args, network):
     if interval[0] > interval[1]:
         raise data.DataError("--interval: give the lower level first")
     path = args.guide
-    advice = "give --guide, or --guidance 1"
-    if path is None:
-        if config["guide_path"] is None:
-            raise data.DataError(f"guidance {weight:g} needs a guide, which this run does not have: {advice}")
+    if path is None and config["guide_path"] is not None:
         path = Path(model.checkpoint_of(args.checkpoint)).parent / config["guide_path"]
-    path = model.checkpoint_of(path)
-    if not os.path.exists(path):
-        raise data.DataError(f"{path}: the guide is missing: {advice}")
+    if path is None or not os.path.exists(path):
+        raise data.DataError(f"guidance {weight:g} needs a guide, {path or 'the own one'} is missing: "
+                             "give --guide, or --guidance 1")
     with data.reading(path, "a guide for this model"):
         guide_network = model.load_denoiser(path, None, args.device, like=config)
     guide_network = model.accelerate(guide_network, args.device, bf16)
@@ -169,20 +161,17 @@ def write_images(folder, files, batches):
 
 def write_samples(path, samples, labels, config):
     """Write one picture, or an .npz with the samples and, if the classes have names, labels and names."""
-    if path.endswith(".png"):
-        if config["kind"] == "tree":
-            picture = data.density_picture(samples)
-        else:
-            picture = data.class_picture(samples, labels, config["class_names"])
-        with data.writing(path) as file:
-            picture.save(file, format="PNG")
-        return
-    key = {"image": "images", "latent": "latents", "tree": "points"}[config["kind"]]
-    arrays = {key: samples.numpy()}
-    if labels is not None and config["class_names"]:
-        arrays |= dict(labels=labels.numpy(), class_names=np.array(config["class_names"]))
+    names = config["class_names"]
+    arrays = {{"image": "images", "latent": "latents", "tree": "points"}[config["kind"]]: samples.numpy()}
+    if labels is not None and names:
+        arrays |= dict(labels=labels.numpy(), class_names=np.array(names))
     with data.writing(path) as file:
-        np.savez(file, **arrays)
+        if path.endswith(".npz"):
+            np.savez(file, **arrays)
+        elif config["kind"] == "tree":
+            data.density_picture(samples).save(file, format="PNG")
+        else:
+            data.class_picture(samples, labels, names).save(file, format="PNG")
 
 
 if __name__ == "__main__":

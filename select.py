@@ -113,9 +113,8 @@ def gumbel_top_k(logits, k, generator=None):
 SCORES = ("learnability", "hard", "easy", "root-loss")
 
 
-def example_scores(
-    learner_losses, reference_losses=None, u=None, score="learnability", invert=False, gain=0.0,
-):
+def example_scores(learner_losses, reference_losses=None, u=None, score="learnability", invert=False,
+                   gain=0.0):
     """Scores [B] of a super-batch; an example with a higher score is more likely to be chosen.
 
     learner_losses      [B]
@@ -187,11 +186,8 @@ class Jest:
         if self.reference_loss is not None:
             reference_losses = self.reference_loss(batch)
             self.excess = learner_losses - reference_losses
-        u = None
-        if self.uncertainty is not None:
-            u = self.uncertainty(batch.sigma)
-        self.scores = example_scores(
-            learner_losses, reference_losses, u, self.score, self.invert, self.gain)
+        u = None if self.uncertainty is None else self.uncertainty(batch.sigma)
+        self.scores = example_scores(learner_losses, reference_losses, u, self.score, self.invert, self.gain)
 
         # Choose k examples.
         generator = self.make_generator(step)

@@ -67,9 +67,8 @@ def read_processes():
 def join(device):
     """Take part in the group of processes."""
     if WORLD > 1:
-        backend = "nccl" if device.startswith("cuda") else "gloo"
         timeout = datetime.timedelta(days=1)                    # process 0 evaluates alone
-        torch.distributed.init_process_group(backend, timeout=timeout)
+        torch.distributed.init_process_group("nccl" if "cuda" in device else "gloo", timeout=timeout)
 
 
 def barrier():
@@ -131,8 +130,8 @@ def build_parser():
     add = parser.add_argument_group("data and run").add_argument
     add("--data", type=data.path, help="folder or zip of images, or an .npz (default: the 2-D tree)")
     add("--out", type=data.path, help="run folder (default: runs/DATA-SELECTOR)")
-    cuda = torch.cuda.is_available()
-    add("--device", type=data.device, default="cuda" if cuda else "cpu", help="cpu, cuda or cuda:N")
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", type=data.device, default=best, help="cpu, cuda or cuda:N")
     add("--seed", type=data.number(int, "[0, 1e15]"), default=0, help="of weights, data, noise and selection")
     add("--size", type=data.number(int, "[8, 4096]"), help="crop images to a square and resize it")
     add("--flip", action=on_off, help="mirror half of the images, as classes of their own")
@@ -153,8 +152,7 @@ def build_parser():
     add("--lr-decay", type=count, help="steps after which the learning rate falls as 1/sqrt(step)")
     add("--warmup", type=whole, help="steps of linear warm-up, 0 = off")
     add("--dropout", type=share, help="dropout inside the residual blocks")
-    add("--ema", type=data.number(float, "(0, 0.28)"), nargs="+", help="lengths of averages of the weights, "
-        "as shares of the training; the first is sampled")
+    add("--ema", type=data.number(float, "(0, 0.28)"), nargs="+", help="EMA lengths, the first is sampled")
     add("--targets", choices=("sample", "exact"), help="exact = the mean of all clean examples, on the tree")
     add("--P-mean", type=data.number(float, "(-inf, inf)"), help="mean of ln sigma in training")
     add("--P-std", type=positive, help="standard deviation of ln sigma in training")
@@ -179,7 +177,7 @@ def build_parser():
         "a smaller model first (default of ajest and dro); snapshot = its own average at --guide-steps")
     add("--guide-channels", type=count, help="width of a trained guide (default: half of --channels)")
     add("--guide-batch", type=count, help="batch of a trained guide (default: --batch; tree: 4096)")
-    add("--guide-steps", type=count, help="of a trained guide, or to the snapshot (default: see add_preset)")
+    add("--guide-steps", type=count, help="steps of a trained guide, or the step of the snapshot")
     add("--guided-targets", type=from_one, default=1.0, help="train towards guidance of this weight, 1 = off")
     add("--guidance", type=amount, help="weight of the guide in samples, 1 = off")
     add("--sampling-steps", type=count, help="steps of the Heun sampler")
@@ -311,18 +309,14 @@ def is_file(value):
 
 def contents_of_files(c):
     """{setting: SHA-256 of its file, or the word that stands there}. A file may move before a run resumes,
-    but not change."""
+    but not change; a guide that is not needed may be missing."""
     contents = {name: getattr(c, name) for name in data.FILES}
     for name, value in contents.items():
         if is_file(value):
             path = model.checkpoint_of(value.removeprefix("own:"))
-            contents[name] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+            if os.path.exists(path) or name != "guide" or guide_is_needed(c):
+                contents[name] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     return contents
-
-
-def flag(name):
-    """The flag of a setting."""
-    return "--" + name.replace("_", "-")
 
 
 def refuse(c, typed, dataset):
@@ -353,9 +347,9 @@ def refuse(c, typed, dataset):
     for names, what, is_there in needs:
         for name in names.split():
             if name in typed and not is_there:
-                raise data.DataError(f"{flag(name)} needs {what}")
+                raise data.DataError(f"--{name.replace('_', '-')} needs {what}")
     if not tree and (c.shape[1] != c.shape[2] or c.shape[1] % 8):
-        raise data.DataError(f"{c.data}: {c.kind}s of {c.shape}, but the UNet needs squares, a multiple of 8")
+        raise data.DataError(f"{c.data}: {c.kind}s of {c.shape} are no squares of a multiple of 8 (--size)")
     divisor = (c.micro_batch or 1) * WORLD
     sizes = [c.batch, c.super_batch if jest else c.batch]
     if any(n % divisor for n in sizes) or c.guide_batch % WORLD:
@@ -375,22 +369,25 @@ def refuse_other_run(c, checkpoint):
     compared = set(saved) - data.MAY_DIFFER | set(data.FILES)
     if c.until_better:
         compared.add("log_every")                               # log lines look who is better
+    if not guide_is_needed(c):
+        compared.remove("guide")
     before = saved | saved["files"]
     now = vars(c) | c.files
-    for name in sorted(compared):
-        if before[name] != now[name]:
-            raise data.DataError(f"{c.out} holds a run with {flag(name)} {shown(saved, name)}, not "
+    for name in now:                                            # flags before what follows from them
+        if name in compared and before[name] != now[name]:
+            raise data.DataError(f"{c.out} holds a run with {shown(saved, name)}, not "
                                  f"{shown(vars(c), name)}: {advice}")
     if c.steps < steps_done:
         raise data.DataError(f"--steps {c.steps}: the run in {c.out} has done {steps_done}")
 
 
 def shown(settings, name):
-    """A setting as people know it; a file with the first digits of its hash."""
+    """A setting as people type it; a file with the first digits of its hash."""
     value = settings[name]
     if name in data.FILES and is_file(value):
-        return f"{value} ({settings['files'][name][:8]})"
-    return "not given" if value is None else value
+        value = f"{value} ({settings['files'][name][:8]})"
+    flag = name.replace("_", "-")
+    return f"no --{flag}" if value is None else f"--{flag} {value}"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -487,8 +484,7 @@ def backward(objective, batch, weight, micro_batch=None):
     losses = []
     for rows in data.micro_batches(len(batch.x0), micro_batch):
         mean, micro_losses = objective(*batch.rows(rows), weight[rows])
-        share = len(micro_losses) / len(batch.x0)
-        (mean * share).backward()
+        (mean * (len(micro_losses) / len(batch.x0))).backward()
         losses.append(micro_losses)
     return torch.cat(losses)
 
@@ -502,8 +498,8 @@ def make_losses(c, network):
         """The losses [n], computed in micro-batches."""
         training = network.training
         network.eval()
-        parts_of_batch = [batch.rows(rows) for rows in data.micro_batches(len(batch.x0), c.micro_batch)]
-        values = torch.cat([loss(*micro_batch) for micro_batch in parts_of_batch])
+        slices = data.micro_batches(len(batch.x0), c.micro_batch)
+        values = torch.cat([loss(*batch.rows(rows)) for rows in slices])
         network.train(training)
         return values
     return losses
@@ -624,18 +620,19 @@ def due(step, every, last=None):
     return step == last or (every is not None and step > 0 and step % every == 0)
 
 
-def score_statistics(jest):
-    """What the log says of the last super-batch, numbers, averaged over the processes."""
-    statistics, = average([jest.statistics()])
-    return dict(zip(("score_mean", "score_std", "score_chosen", "excess"), statistics.tolist()))
-
-
-def show_progress(c, step, loss, milliseconds, statistics):
-    """Show the progress line, with the time left at the speed since the last one."""
+def log_line(c, step, losses, seconds, batch, jest=None):
+    """Show the progress line after `step` steps; -> what the log says of the steps since the last one: their
+    `losses`, tensors [], and the last data.Batch. They took `seconds`; `jest` is None if it chose nothing."""
+    loss = average([torch.stack(losses).mean()])[0].item()
+    ln_sigma = batch.sigma.log().mean().item()
+    record = dict(kind="train", loss=loss, lr=learning_rate(c, step - 1), ln_sigma=ln_sigma)
+    milliseconds = 1000 * seconds / len(losses)
     words = f"{Path(c.out).name}: step {step}/{c.steps}  loss {loss:.4f}  {milliseconds:.3g} ms/step"
     end = c.steps
-    if statistics:
-        words += f"  chosen {statistics['score_chosen'] - statistics['score_mean']:+.3g}"
+    if jest is not None:
+        statistics = average([jest.statistics()])[0].tolist()
+        record |= zip(("score_mean", "score_std", "score_chosen", "excess"), statistics)
+        words += f"  chosen {record['score_chosen'] - record['score_mean']:+.3g}"
         end = c.early_steps or c.steps
     if c.device.startswith("cuda"):
         words += f"  {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB"
@@ -645,6 +642,7 @@ def show_progress(c, step, loss, milliseconds, statistics):
         words += " of the selection"
     if RANK == 0:
         data.progress(words, last=step in (1, c.steps))
+    return record
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -761,21 +759,19 @@ def train(c, dataset, folder, examples=None, guide_path=None, class_weights=None
         last = step + 1 == c.steps
         is_line = last or due(step + 1, c.log_every) or due(step + 1, c.eval_every)
         if is_line or step == first_step:
-            loss = average([torch.stack(losses_to_log).mean()])[0].item()
-            statistics = score_statistics(jest) if selecting else {}
-            milliseconds = 1000 * (clock.read() - progress["seconds"]) / len(losses_to_log)
-            show_progress(c, step + 1, loss, milliseconds, statistics)
+            seconds = clock.read() - progress["seconds"]
+            record = log_line(c, step + 1, losses_to_log, seconds, batch, jest if selecting else None)
         if is_line:
+            excess = record.pop("excess", math.nan)
             if selecting and c.until_better and due(step + 1, c.log_every):
-                progress["ahead"] = statistics["excess"] <= 0   # False if no loss was finite
+                progress["ahead"] = excess <= 0                 # False if no loss was finite
             progress["seconds"] = clock.read()
-            log.append(dict(progress, kind="train", loss=loss, lr=learning_rate(c, step),
-                            ln_sigma=batch.sigma.log().mean().item(), **statistics))
+            log.append(progress | record)
             losses_to_log = []
-            bad_lines = 0 if math.isfinite(loss) else bad_lines + 1
+            bad_lines = 0 if math.isfinite(record["loss"]) else bad_lines + 1
             if bad_lines == 2 or (bad_lines == 1 and last):
-                raise data.DataError(f"{folder}: the loss is {loss} at step {step + 1}: --no-bf16 may help, "
-                                     "or a lower --lr with another --out")
+                raise data.DataError(f"{folder}: no finite loss at step {step + 1}: --no-bf16 may help, or a "
+                                     "lower --lr with another --out")
             if bad_lines == 0 and (last or time.monotonic() - last_save >= c.save_every):
                 with clock.paused():
                     save_run()
@@ -804,14 +800,14 @@ def train(c, dataset, folder, examples=None, guide_path=None, class_weights=None
 SEED_OF_STAGE = {"guide": 1_000_003, "proxy": 2_000_003}        # added to --seed
 
 
-def stage_settings(c, name, **changes):
+def stage_settings(c, name):
     """The settings of a stage: a model of the guide's size on uniform batches, without guide and dropout."""
     values = dict(
         seed=c.seed + SEED_OF_STAGE[name], channels=c.guide_channels, batch=c.guide_batch,
         steps=c.guide_steps, dropout=0.0, selector="uniform", reference=None, guide="none",
         guided_targets=1.0, guidance=1.0, class_weights=None, out=os.path.join(c.out, name))
     files = dict(c.files, guide="none", reference=None, class_weights=None)
-    return argparse.Namespace(**(vars(c) | values | dict(files=files) | changes))
+    return argparse.Namespace(**(vars(c) | values | dict(files=files)))
 
 
 def stage_folder(c, name):
@@ -832,9 +828,10 @@ def choose_examples(c, dataset, folder):
     if c.keep is None:
         return pool, pool, held_out, 0.0
     start = time.monotonic()
-    if c.prune == "random" or c.prune_features == "pixels":
+    features = pool                                             # of which random pruning takes the length
+    if c.prune != "random" and c.prune_features == "pixels":
         features = data.pixel_features(dataset, pool)
-    else:                                                       # cached with the seconds that they took
+    elif c.prune != "random":                                   # cached with the seconds that they took
         features, seconds = fid.data_features(fid.network(c.prune_features, c.device), dataset)
         features = features[pool]
         start = time.monotonic() - seconds
@@ -843,8 +840,9 @@ def choose_examples(c, dataset, folder):
     kept = data.prune(priority, labels, c.keep)                 # positions in the pool
     seconds = time.monotonic() - start
     if RANK == 0:
+        picture = data.coreset_picture(dataset, pool, priority, kept)
         with data.writing(folder / "coreset.png") as file:
-            data.coreset_picture(dataset, pool, priority, kept).save(file, format="PNG")
+            picture.save(file, format="PNG")
     return pool, pool[kept], held_out, seconds
 
 
@@ -888,10 +886,8 @@ def run_stages(c, dataset, folder):
     elif c.guide == "train" and guide_is_needed(c):
         guide = stage_folder(c, "guide")
         guide_path = guide / "checkpoint.pt"
-        if c.class_weights == "dro":
-            train(stage_settings(c, "guide", keep=None), dataset, guide, pool)
-        else:
-            train(stage_settings(c, "guide"), dataset, guide, examples)
+        seen = pool if c.class_weights == "dro" else examples
+        train(stage_settings(c, "guide"), dataset, guide, seen)
     class_weights, weights_cost = find_class_weights(c, dataset, folder, examples, guide_path)
 
     # What it cost. A guide that is used only in sampling counts only for guided samples. With dro the guide's

@@ -808,8 +808,7 @@ def main(argv=None):
         data.require_writable(args.fit)
         dataset = data.load(args.paths[0], args.size)
         accuracy = fit(args.fit, dataset, args.epochs, args.width, args.device, args.seed)
-        data.say(f"{args.fit}: held-out accuracy {accuracy:.4f}, use it with --features own:{args.fit}",
-                 file=sys.stdout)
+        data.say(f"held-out accuracy {accuracy:.4f}, use --features own:{args.fit}", file=sys.stdout)
     else:
         data.say(score(args), file=sys.stdout)
 

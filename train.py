@@ -57,10 +57,11 @@ def read_processes():
     with data.reading("RANK and WORLD_SIZE", "those of torchrun: unset them"):
         RANK = int(os.environ.get("RANK") or 0)
         WORLD = int(os.environ.get("WORLD_SIZE") or 1)
-        names = ["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]
-        missing = [name for name in names if not os.environ.get(name)]
-        is_torchrun = WORLD > 1 or "RANK" not in missing
-        if (is_torchrun and missing) or not 0 <= RANK < WORLD:
+        needed = ["WORLD_SIZE"] if os.environ.get("RANK") else []
+        if WORLD > 1:
+            needed = ["RANK", "MASTER_ADDR", "MASTER_PORT"]
+        missing = [name for name in needed if not os.environ.get(name)]
+        if missing or not 0 <= RANK < WORLD:
             raise ValueError(f"process {RANK} of {WORLD}, missing: {missing}")
 
 
@@ -902,8 +903,7 @@ def run_stages(c, dataset, folder):
             evaluation.guide_cost = cost_of(guide_path)
     train(c, dataset, folder, examples, guide_path, class_weights, evaluation=evaluation, costs=costs)
     if RANK == 0:
-        names = sorted(path.name for path in folder.iterdir() if path.name != ".lock")
-        data.say(f"wrote {folder}/: {', '.join(names)}", file=sys.stdout)
+        data.say(f"wrote {folder}", file=sys.stdout)
 
 
 def locked(folder):

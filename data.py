@@ -1052,8 +1052,7 @@ def command(run, stopped="stopped"):
     try:
         return run()
     except (DataError, OSError, torch.OutOfMemoryError) as error:
-        first_line = str(error).partition("\n")[0]
-        say(f"error: {first_line}")
+        say("error: " + str(error).partition("\n")[0])
         raise SystemExit(2) from None
     except Stopped as stop:
         say(str(stop) or stopped)

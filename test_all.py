@@ -798,6 +798,7 @@ def test_a_loss_that_is_not_finite_at_two_log_lines_ends_the_run(capsys, tmp_pat
         status, _, err = _call(capsys, train, f"{TINY} --guide none --save-every 0 --out {saved.parent}")
         assert (status, "--lr with another --out" in err) == ((0, False) if step_kept == 24 else (2, True))
         assert saved.exists() == (step_kept is not None)
+        assert step_kept == 24 or f"no finite loss at step {18 if step_kept else 12}:" in err
         assert step_kept is None or _load(saved.parent)["progress"]["step"] == step_kept
 
 
@@ -831,6 +832,7 @@ def test_the_same_command_resumes_and_another_is_refused(tmp_path, capsys, monke
     longer = _train(flags, "--steps 32 --guide-steps 2")
     _train(flags, "--steps 16", out=run)
     before = {path: path.read_bytes() for path in run.iterdir()}
+    _train(flags, "--steps 16", out=run)                        # a finished run: its files stay as they are
     for flag in "--lr 0.01", "--seed 3", "--guided-targets 1.5", "--no-flip":   # 0.01: the default, but typed
         _refused(capsys, train, f"{flags} --steps 16 {flag}", flag.split()[0].replace("--no-", "--"), run)
     _refused(capsys, train, f"{flags} --steps 15", "--steps 15", run)

@@ -429,14 +429,17 @@ def load_run(path, device="cpu"):
         return checkpoint
 
 
-def restore(path, c, state):
-    """Fill `state` from the checkpoint at `path`; -> (progress, log). DataError if it is of another run."""
+def restore(path, c, state, costs):
+    """Fill `state` from the checkpoint at `path`, if there is one; -> (progress, log, settings when saved).
+    DataError if it is of another run."""
+    if not path.exists():
+        return new_progress(costs), [], vars(c)
     checkpoint = load_run(path, c.device)
     refuse_other_run(c, checkpoint)
     with data.reading(path, "a checkpoint of this run"):
         for name, holder in state.items():
             holder.load_state_dict(checkpoint[name])
-        return dict(checkpoint["progress"]), list(checkpoint["log"])
+        return dict(checkpoint["progress"]), list(checkpoint["log"]), checkpoint["model_config"]
 
 
 def load_matching(path, c):
@@ -672,10 +675,8 @@ def train(c, dataset, folder, examples=None, guide_path=None, class_weights=None
         state["dro"] = dro
 
     # Resume where the folder holds a checkpoint.
-    progress = new_progress(costs)
-    log = []
+    progress, log, saved = restore(path, c, state, costs)
     if path.exists():
-        progress, log = restore(path, c, state)
         what = "trained before" if progress["step"] == c.steps else "resumed"
         data.say(f"{folder.name}: {what} at step {progress['step']:,}")
     if c.guide == "snapshot" and progress["step"] >= c.guide_steps:
@@ -686,8 +687,8 @@ def train(c, dataset, folder, examples=None, guide_path=None, class_weights=None
         if guide_is_needed(c):
             guide = load_matching(guide_path, c)
     save_run = functools.partial(save, path, c, state, progress, log)
-    if path.exists():
-        save_run()                                              # sample.py reads a changed --guidance
+    if (saved["guidance"], saved["guide_path"]) != (c.guidance, c.guide_path):
+        save_run()                                              # sample.py reads them
 
     # Objectives, selectors, clock.
     objective = make_objective(c, denoiser)

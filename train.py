@@ -888,8 +888,7 @@ def run_stages(c, dataset, folder):
     elif c.guide == "train" and guide_is_needed(c):
         guide = stage_folder(c, "guide")
         guide_path = guide / "checkpoint.pt"
-        seen = pool if c.class_weights == "dro" else examples
-        train(stage_settings(c, "guide"), dataset, guide, seen)
+        train(stage_settings(c, "guide"), dataset, guide, pool if c.class_weights == "dro" else examples)
     class_weights, weights_cost = find_class_weights(c, dataset, folder, examples, guide_path)
 
     # What it cost. A guide that is used only in sampling counts only for guided samples. With dro the guide's

@@ -1078,6 +1078,7 @@ def test_what_cannot_be_done_is_one_line_before_any_work(monkeypatch, capsys, pr
     ("--class-weights inverse", ["run"])])
 def test_every_stage_sees_the_pool_only(monkeypatch, tmp_path, flags, stages):
     calls = []
+    images = _folder() / "d.npz"                                # made before `train.train` is replaced
 
     def fit(c, dataset, folder, examples, guide_path=None, class_weights=None, dro_reference=None, **_):
         calls.append((folder.name, examples, c, class_weights))
@@ -1087,10 +1088,10 @@ def test_every_stage_sees_the_pool_only(monkeypatch, tmp_path, flags, stages):
         return torch.tensor([0.5, 1.0, 3.0])
     monkeypatch.setattr(train, "train", fit)
     monkeypatch.setattr(data, "pixel_features", functools.partial(data.pixel_features, dims=4))
-    pool = f"--data {_folder()}/d.npz --holdout 6 --imbalance 3 --keep 0.5"
+    pool = f"--data {images} --holdout 6 --imbalance 3 --keep 0.5"
     _train(SMALL, flags, pool, "--dropout 0.2", out=tmp_path / "run")
     names, seen, settings, weights = zip(*calls)
-    dataset = data.load(_folder() / "d.npz")
+    dataset = data.load(images)
     pool, kept, held_out, _ = train.choose_examples(settings[-1], dataset, tmp_path)
     assert list(names) == stages and len(held_out) == 6 and not torch.isin(held_out, pool).any()
     assert len(pool) < 54 and torch.isin(kept, pool).all() and abs(2 * len(kept) - len(pool)) < 4

@@ -438,9 +438,10 @@ def _read_images(members, size):
         label_of = _labels_by_folder(images, others)
     images.sort(key=lambda name: (label_of[name], name))
     labels = None if label_of[images[0]] is None else [label_of[name] for name in images]
-    decode = functools.partial(_decode, members, size)
-    with (ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,              # Pillow releases the lock
-          contextlib.closing(pool.map(decode, images)) as pictures):            # an error cancels the rest
+
+    # Threads, since Pillow releases Python's lock; an error cancels the rest.
+    with (ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
+          contextlib.closing(pool.map(functools.partial(_decode, members, size), images)) as pictures):
         x = _stack(pictures, len(images))
     return _make_dataset(x, labels, report=report)
 
@@ -991,6 +992,8 @@ def device(text):
     if text == "cpu":
         return text
     try:
+        if torch.device(text).type != "cuda":
+            raise RuntimeError("give cpu or cuda")
         index = torch.device(text).index or 0
         if int(os.environ.get("WORLD_SIZE") or 1) > 1:
             index = int(os.environ.get("LOCAL_RANK") or 0)

@@ -368,7 +368,8 @@ class Evaluation:
     def real_examples(self, labels):
         """Examples of the data [n, C, H, W] of the classes `labels` [n]."""
         members = data.indices_by_class(self.dataset.labels, len(self.dataset))
-        index = torch.stack([members[c][i % len(members[c])] for i, c in enumerate(labels)])
+        turns = [(labels[:i] == c).sum() for i, c in enumerate(labels)]         # each class by turns
+        index = torch.stack([members[c][turn % len(members[c])] for c, turn in zip(labels, turns)])
         return self.dataset.x[data.put(index, self.dataset.x.device)].cpu()
 
 

@@ -66,8 +66,7 @@ class Denoiser(torch.nn.Module):
         """
         if target is None:
             target = x0
-        x = x0 + per_example(sigma, x0) * noise
-        D_x = self(x, sigma, labels)
+        D_x = self(x0 + per_example(sigma, x0) * noise, sigma, labels)
         return per_example_loss(D_x, target, sigma), D_x
 
     def u(self, sigma):

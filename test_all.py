@@ -729,20 +729,6 @@ def test_gradients_by_hand_for_every_target(W):
     assert all(g.any() for g in gradients)
 
 
-@pytest.mark.parametrize("W", [1.6, 3.0])
-def test_the_fixed_point_of_guided_targets_is_the_guided_denoiser(W):
-    x0, noise = 0.7 * torch.randn(2, 999, 2)
-    x = x0 + 0.4 * noise
-    a = torch.tensor(0.1, requires_grad=True)                   # D(x) = a x, the guide x / 2
-    learner = types.SimpleNamespace(loss=lambda *batch: (x0[:, 0], a * x))
-    objective = train.make_objective(_settings("--guided-targets", W), learner, lambda x, *_: 0.5 * x)
-    for _ in range(300):
-        total, _ = objective(x0, noise, torch.full((999,), 0.4), None, x0, torch.ones(999))
-        a.data -= 0.05 * torch.autograd.grad(total, a)[0]
-    best = (x * x0).sum() / (x * x).sum()                       # least squares: D* = best x
-    assert torch.isclose(a, 0.5 + W * (best - 0.5), atol=1e-4) and abs(best - 0.5) > 0.1
-
-
 @pytest.mark.parametrize("flags, dimensions", [("--data d.npz --channels 8 --blocks 1", 3 * 8 * 8), ("", 1)])
 def test_an_update_is_adam_s_for_a_loss_summed_over_dimensions(flags, dimensions):
     """EDM2 sums where this loss averages: D times larger gradients against the same eps. A gradient that is
@@ -750,6 +736,7 @@ def test_an_update_is_adam_s_for_a_loss_summed_over_dimensions(flags, dimensions
     c = _settings("--lr 0.1 --lr-decay 2 --warmup 1", flags.replace("d.npz", f"{_folder()}/d.npz"))
     learner = train.Learner(c)
     copies = [parameter.detach().clone().requires_grad_() for parameter in learner.parameters]
+    assert all(abs(w.square().mean() - 1) < 1e-5 for w in model.projected_weights(learner.denoiser))
     adam = torch.optim.Adam(copies, betas=(0.9, 0.99), eps=1e-8)
     generator = torch.Generator().manual_seed(0)
     for step, rate in enumerate([0.05, 0.1, 0.1, 0.1 / 1.5 ** 0.5]):
@@ -763,6 +750,7 @@ def test_an_update_is_adam_s_for_a_loss_summed_over_dimensions(flags, dimensions
         adam.step()
         for weight in [weight for weight in copies if flags and weight.ndim > 1]:       # of the UNet alone
             weight.data /= model.per_example(weight.data.square().flatten(1).mean(1).sqrt(), weight)
+        assert step > 0 or all(map(torch.equal, learner.ema.averages[c.ema[0]], learner.parameters))
     for parameter, other in zip(learner.parameters, copies):
         _close(parameter.detach(), other.detach(), 1e-5)
 
@@ -879,7 +867,7 @@ def test_the_guide_of_a_run_may_move_but_not_change(tmp_path, capsys):
     flags = f"{SMALL} --selector ajest --data {_folder()}/d.npz --out {tmp_path}/run"
     _train(flags, "--guide", guide_run, out=tmp_path / "run")
     guide_run.rename(tmp_path / "moved")
-    _refused(capsys, train, f"{flags} --steps 8", guide_run)
+    _refused(capsys, train, f"{flags} --steps 8", guide_run, "No such file")
     _train(flags, "--steps 8 --guide", tmp_path / "moved", out=tmp_path / "run")
     torch.save(_load(tmp_path / "moved") | dict(log=[]), tmp_path / "moved/checkpoint.pt")
     _refused(capsys, train, f"{flags} --steps 9 --guide {tmp_path}/moved", "--guide", tmp_path / "moved")
@@ -990,7 +978,7 @@ def test_progress_begins_at_once_and_time_left_is_of_the_last_interval(tmp_path,
 
 
 @pytest.mark.parametrize("env, words", [
-    (dict(RANK="1"), "RANK"), (dict(WORLD_SIZE="2"), "WORLD_SIZE"), (dict(WORLD_SIZE="two"), "WORLD_SIZE"),
+    (dict(RANK="0"), "RANK"), (dict(WORLD_SIZE="2"), "WORLD_SIZE"), (dict(WORLD_SIZE="two"), "WORLD_SIZE"),
     (dict(WORLD_SIZE="2", RANK="2", MASTER_ADDR="localhost", MASTER_PORT="1"), "RANK"),
     (dict(WORLD_SIZE="2", RANK="0", MASTER_ADDR="localhost"), "MASTER_PORT"),
     (dict(RANK="", WORLD_SIZE="", MASTER_ADDR="localhost"), "")])
@@ -1039,7 +1027,8 @@ REFUSED = [         # program, flags before, flags; the error names the last of 
         "--selector ajest --guide snapshot", "--guide none --guided-targets 2", "--keep 0.5", "--flip",
         "--micro-batch 7", "--early-steps 5", "--selector jest --debias --chunks 4", "--filter 1",
         "--selector ajest --reference other", "--device abacus", "--no-such-flag",
-        "--guide none --guidance 2", "--steps 9 --guide-steps 10"]),
+        "--guide none --guidance 2", "--steps 9 --guide-steps 10", "--selector jest --after full",
+        "--prune knn", "--eval-samples 1"]),
     (train, f"{SMALL} --eval-samples 3 --out new --data d.npz", [
         "--holdout 60", "--size 12 -> multiple of 8", "--targets exact", "--eta 1", "--metrics beauty",
         "--eval-samples 2", "--guide large.npz -> large.npz", "--guide other -> other",
@@ -1190,7 +1179,7 @@ def test_the_validation_loss_is_that_of_each_held_out_example_once():
     def nothing(x, sigma, labels):
         levels.append(sigma)
         return 0 * x
-    for seed in 0, 1:                                           # the same noise in every run
+    for seed in 1, 0:                                           # the same noise in every run
         c.seed = seed
         fid.Evaluation(c, dataset, run, held_out).validation_loss(nothing)
     assert torch.equal(*torch.cat(levels).view(2, -1))
@@ -1322,6 +1311,16 @@ class _Hostile:
 
     def __reduce__(self):
         return os.mkdir, ("ran",)
+
+
+def test_a_stop_while_images_are_written_says_how_many_there_are(tmp_path, monkeypatch, capsys):
+    def stopped(*_, **__):
+        yield torch.zeros(2, 3, 8, 8)
+        raise data.Stopped(signal.SIGTERM)
+    monkeypatch.setattr(guide, "generate", stopped)
+    status, _, err = _call(capsys, sample, _folder() / "reference", "--n 5 --out", tmp_path / "new")
+    assert status == 143 and "stopped, wrote 2 of 5 images" in err
+    assert sorted(os.listdir(tmp_path / "new")) == ["000000.png", "000001.png"]
 
 
 @pytest.mark.parametrize("program, flags", [
@@ -1724,11 +1723,11 @@ BAD = [             # what is loaded, the files there (or names of images), what
     ("d", "Training/ant/0.png VALID/ant/1.png", "Training, VALID look like splits"),
     ("d", {"a/0.png": PNG[0], "b/1.png": PNG[1], "c/2.heic": b""}, "c/2.heic"),
     ("d.zip", {"x/a/0.png": PNG[0], "x/b/2.heic": b""}, "b/2.heic"), ("d.npz", dict(samples=X), "neither"),
-    ("d.zip", {"a/0.png": PNG[0], "b/1.png": PNG[1], "runs/x/checkpoint.pt": b""}, "checkpoint.pt"),
+    ("d.zip", {"a/0.png": PNG[0], "b/1.png": PNG[1], "runs/x/checkpoint.pt": b""}, "folder of a run"),
     ("d", {"0.png": PNG[0], "1.txt": "gone"}, "1.txt"), ("d", {"0.png": PNG[0], "a": "../d"}, "links"),
     ("d", _under("x", CIFAR | {"data_batch_2": b"cos\nmkdir\n(S'ran'\ntR."}), "wants to run"),
     ("d", _under("x", CIFAR) | _under("copy", CIFAR), "10 of CIFAR-10's 5"),
-    ("d.zip", _edm(0, 1, 2, 3, 4), "img00000005.png"), ("d", _edm(0, 1, 2, 3, 4, "5"), "str"),
+    ("d.zip", _edm(0, 1, 2, 3, 4), "img00000005.png is missing"), ("d", _edm(0, 1, 2, 3, 4, "5"), "str"),
     ("d", _under("a", _edm(0, 1, 2, 3, 4, 5)) | {"0.png": PNG[0]}, "0.png"),
     ("d.npz", dict(latents=Z * np.nan), "finite"), ("d.npz", dict(images=X, labels=[0]), "int64 [1]"),
     ("d.npz", dict(images=X, labels=[-1] * 6), "numbers >= 0"), ("d.npz", dict(images=X[:, :2]), "uint8 [N"),
@@ -2103,7 +2102,7 @@ def test_a_broken_download_of_inception_begins_with_what_to_do_and_names_the_fil
 
 def test_hit_coverage_and_reached_against_loops():
     tree = types.SimpleNamespace(logp=lambda x: x[:, 0] - 2.12, device="cpu")   # hits are on the right
-    tree.sample = lambda n, generator: torch.tensor([[0.01, 0.0]]).expand(n, 2)  # the exact ones: one cell
+    tree.sample = lambda n, _: torch.tensor([[0.01, 0.0], [-0.1, 0.0]])[torch.arange(n) % 2]      # one hit
     cells = {}
     points = torch.cat([0.12 * _normal(0, 3000, 2).double(), torch.tensor([[1.6, 0.0], [0.1, -1.51]])])
     for point in points[:-2]:                                   # the last two are hits outside of the grid

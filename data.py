@@ -54,8 +54,8 @@ class Tree:
             cumulative=np.cumsum(weight.repeat(8)),
             mean=mean.reshape(-1, 2),
             root=(axes * np.sqrt(lam)[:, None, :]).repeat(8, 0),                        # [8 K, 2, 2]
-            axes=axes.transpose(2, 1, 0).copy(),                                          # [axis, dim, K]
-            lam=lam.T[:, None].copy(),                                                  # [axis, 1, K]
+            axes=axes.transpose(2, 1, 0),                                               # [axis, dim, K]
+            lam=lam.T[:, None],                                                         # [axis, 1, K]
             middle=np.einsum("kda,kd->ak", axes, mean.mean(1))[:, None],                # along the axes
             half=np.einsum("kda,kd->ak", axes, half)[:, None],
             log_weight=np.log(weight))

@@ -65,7 +65,7 @@ def precision_recall(real, fake, k=3, block=2048):
 
 def _share_inside(points, centres, k, block):
     """Share of points [n, d] in any of the balls around centres [m, d] that reach to the k-th neighbour."""
-    radius = neighbour_distance(centres, k)                                        # [m]
+    radius = neighbour_distance(centres, k)                                             # [m]
     inside = [(torch.cdist(rows, centres) <= radius).any(1) for rows in points.split(block)]
     return torch.cat(inside).float().mean().item()
 

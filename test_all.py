@@ -124,7 +124,7 @@ def _records(run, kind="train"):
     return [r for r in map(json.loads, lines) if r["kind"] == kind]
 
 
-def _close(a, b, tolerance=0.0):
+def _assert_close(a, b, tolerance=0.0):
     """Tensors, or lists and dictionaries of tensors and numbers, are equal up to a tolerance."""
     torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
 
@@ -141,7 +141,7 @@ def _same_run(a, b):
         one = _load(a, stage)
         two = _load(b, stage)
         for part in one.keys() - {SETTINGS, "progress", "log"}:
-            _close(one[part], two[part])
+            _assert_close(one[part], two[part])
         assert _untimed(one["progress"]) == _untimed(two["progress"])
         assert list(map(_untimed, one["log"])) == list(map(_untimed, two["log"]))
 
@@ -246,7 +246,7 @@ def test_jest_includes_as_often_as_the_matrix_form(joint, scale):
         counts[0, JEST.jest(scores.float(), k, chunks, joint, generator)] += 1
         counts[1, _naive_jest(S, joint, k, chunks, generator)] += 1
     share = counts / runs
-    _close(share.sum(1), torch.full((2,), float(k)), 1e-4)      # no index twice
+    _assert_close(share.sum(1), torch.full((2,), float(k)), 1e-4)      # no index twice
     mean = share.mean(0)
     error = (share[0] - share[1]) / (mean * (1 - mean) * 2 / runs).sqrt()
     assert error.abs().max() < 4 and share.std(1).min() > 0.1   # selection is far from uniform
@@ -334,11 +334,11 @@ def test_one_loss_that_is_not_finite_changes_no_other_score(bad):
     jest = select.Jest(batches, lambda batch: losses, lambda batch: losses / 2, 20,
                        torch.Generator().manual_seed, gain=4.0, joint="independent")
     jest(0)
-    _close(jest.scores[finite], 4 * (rest - rest.mean()) / rest.std(), 1e-4)
+    _assert_close(jest.scores[finite], 4 * (rest - rest.mean()) / rest.std(), 1e-4)
     assert losses[jest.index].nan_to_num(0.5, 0.5, 0.5).mean() > 0.7
-    _close(jest.statistics()[3].item(), rest.mean().item() / 2, 1e-5)           # of --until-better
+    _assert_close(jest.statistics()[3].item(), rest.mean().item() / 2, 1e-5)           # of --until-better
     root = select.example_scores(losses, score="root-loss", u=torch.full((101,), 3.0))
-    _close(root[finite], (rest + 0.1 * rest.mean()).log() / 2 - 3, 1e-5)
+    _assert_close(root[finite], (rest + 0.1 * rest.mean()).log() / 2 - 3, 1e-5)
 
 
 def test_root_loss_bounds_the_weights_and_lowers_the_variance_of_the_gradient():
@@ -465,7 +465,7 @@ def test_until_better_looks_at_log_lines_only(tmp_path, monkeypatch, capsys):
     assert drawn == [6 * 320, 12 * 320, 18 * 320, 18 * 320 + 6 * 64]
     stopped = _train(flags, "--steps 8", out=tmp_path / "run")
     _refused(capsys, train, f"{flags} --log-every 7 --out {stopped}", "--log-every")
-    _close(_load(_train(flags, out=stopped))["model"], _load(run)["model"])
+    _assert_close(_load(_train(flags, out=stopped))["model"], _load(run)["model"])
 
 
 def test_after_early_selection_come_whole_super_batches_or_uniform_batches():
@@ -544,8 +544,8 @@ def test_projection_changes_no_output_and_labels_do():
     before = denoiser(x, torch.ones(4), labels)
     model.project(weights)
     rows = torch.cat([w.square().flatten(1).mean(1).detach() for w in weights])
-    _close(rows, torch.ones_like(rows), 1e-5)
-    _close(denoiser(x, 1.0, labels), before, 1e-5)
+    _assert_close(rows, torch.ones_like(rows), 1e-5)
+    _assert_close(denoiser(x, 1.0, labels), before, 1e-5)
     assert (before[0] - before[1]).abs().max() > 1e-3 > (before[2] - before[3]).abs().max()
     with pytest.raises(ValueError, match="3 classes: give it labels"):
         denoiser(x, 1.0)
@@ -560,12 +560,12 @@ def test_preconditioning_and_loss_in_closed_form():
         weight = (s * s + 0.25) / (s * 0.5) ** 2
         level = torch.full((100_000,), s)
         loss, D_x = denoiser.loss(x0, noise, level)
-        _close(D_x, 0.25 / (s * s + 0.25) * (x0 + s * noise), 1e-6)
+        _assert_close(D_x, 0.25 / (s * s + 0.25) * (x0 + s * noise), 1e-6)
         assert abs(loss.mean() - 1) < 0.015                     # on data of variance sigma_data^2
         other, _ = denoiser.loss(x0, noise, level, None, x0 + 1)
         assert torch.allclose(other, weight * ((D_x - x0 - 1) ** 2).mean(1), rtol=1e-5)
         numbers = torch.stack(model.preconditioning(torch.tensor(s))[1:])       # c_out, c_in, c_noise
-        _close(numbers, torch.tensor([weight ** -0.5, (s * s + 0.25) ** -0.5, math.log(s) / 4]), 1e-5)
+        _assert_close(numbers, torch.tensor([weight ** -0.5, (s * s + 0.25) ** -0.5, math.log(s) / 4]), 1e-5)
 
 
 def test_power_function_ema_in_closed_form():
@@ -581,7 +581,7 @@ def test_power_function_ema_in_closed_form():
         gamma = AVERAGE.ema_gamma(std)
         assert math.isclose((gamma + 1) ** 0.5 / ((gamma + 2) * (gamma + 3) ** 0.5), std, rel_tol=1e-9)
         weights = (t[1:] / 200) ** (gamma + 1) - (t[:-1] / 200) ** (gamma + 1)  # none for the initialization
-        _close(ema.averages[std][0].double(), (weights[:, None, None] * history).sum(0), 1e-5)
+        _assert_close(ema.averages[std][0].double(), (weights[:, None, None] * history).sum(0), 1e-5)
 
 
 WAYS = [("cpu", "image", True, False), ("cpu", "tree", False, True)]
@@ -670,7 +670,7 @@ def test_heun_converges_at_second_order():
         assert len(denoiser.levels) == 2 * steps - 1 and {type(level) for level in denoiser.levels} == {float}
     assert 3.3 < errors[0] / errors[1] < 4.7 and 3.3 < errors[1] / errors[2] < 4.7, errors
     assert errors[2] < 4e-4
-    _close(GUIDANCE.heun(denoiser, noise, steps=1, sigma_max=5.0), denoiser(5.0 * noise, 5.0), 1e-9)
+    _assert_close(GUIDANCE.heun(denoiser, noise, steps=1, sigma_max=5.0), denoiser(5.0 * noise, 5.0), 1e-9)
 
 
 def test_autoguidance_weights_and_interval():
@@ -681,8 +681,8 @@ def test_autoguidance_weights_and_interval():
     D_weak = x / 1.09
     for w, expected in (1, D_main), (0, D_weak), (2.5, D_weak + 2.5 * (D_main - D_weak)):
         guided = GUIDANCE.autoguided(main, weak, w, (0.1, 1.0))
-        _close(guided(x, 0.3), expected, 1e-6)
-    _close(torch.stack(main.levels + weak.levels), torch.full((5, 5), 0.3))
+        _assert_close(guided(x, 0.3), expected, 1e-6)
+    _assert_close(torch.stack(main.levels + weak.levels), torch.full((5, 5), 0.3))
     for sigma in (0.09, 2.0):                                   # outside of the interval the guide is not run
         assert torch.equal(guided(x, sigma), main(x, sigma))
     assert len(weak.levels) == 2
@@ -699,7 +699,7 @@ def test_a_sample_depends_on_its_seed_alone(device):
 
     backwards = draw(2, range(7)[::-1], labels.flip(0)).flip(0)
     for other in draw(1), draw(20), backwards:
-        _close(other, draw(7), 0 if device == "cpu" else 1e-3)
+        _assert_close(other, draw(7), 0 if device == "cpu" else 1e-3)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -752,7 +752,7 @@ def test_an_update_is_adam_s_for_a_loss_summed_over_dimensions(flags, dimensions
             weight.data /= model.per_example(weight.data.square().flatten(1).mean(1).sqrt(), weight)
         assert step > 0 or all(map(torch.equal, learner.ema.averages[c.ema[0]], learner.parameters))
     for parameter, other in zip(learner.parameters, copies):
-        _close(parameter.detach(), other.detach(), 1e-5)
+        _assert_close(parameter.detach(), other.detach(), 1e-5)
 
 
 def test_micro_batches_change_no_gradient(monkeypatch):
@@ -811,7 +811,7 @@ def test_resuming_is_bit_identical(tmp_path, monkeypatch, flags, device):
     if device == "cpu":
         _same_run(whole, interrupted)
     else:
-        _close(_load(whole)["ema"], _load(interrupted)["ema"], 1e-5)
+        _assert_close(_load(whole)["ema"], _load(interrupted)["ema"], 1e-5)
 
 
 def test_the_same_command_resumes_and_another_is_refused(tmp_path, capsys, monkeypatch):
@@ -912,7 +912,7 @@ def test_a_signal_stops_a_run_after_its_step_and_the_same_command_resumes(tmp_pa
     whole = _train(flags)
     for stage in ".", "guide":
         for part in "model", "ema":
-            _close(_load(whole / stage)[part], _load(run / stage)[part])
+            _assert_close(_load(whole / stage)[part], _load(run / stage)[part])
 
 
 def test_a_stop_in_an_evaluation_leaves_the_last_step(tmp_path, monkeypatch, capsys):
@@ -1005,7 +1005,7 @@ def test_the_snapshot_is_the_ema_of_its_step(W):
     whole = _train(TINY, "--guide-steps 9 --guided-targets", W)
     snapshot = _load(whole, "guide.pt")
     stopped = _load(_train(TINY, "--guide none --steps 9"))
-    _close([snapshot["ema"], snapshot["model"]], [stopped["ema"], stopped["model"]])
+    _assert_close([snapshot["ema"], snapshot["model"]], [stopped["ema"], stopped["model"]])
     trained = _load(whole)["model"]["net.out.weight"]
     unguided = _load(_train(TINY, "--guide none"))["model"]["net.out.weight"]
     assert torch.equal(trained, unguided) == (W == 1)           # a snapshot alone changes nothing
@@ -1084,13 +1084,13 @@ def test_every_stage_sees_the_pool_only(monkeypatch, tmp_path, flags, stages):
     pool, kept, held_out, _ = train.choose_examples(settings[-1], dataset, tmp_path)
     assert list(names) == stages and len(held_out) == 6 and not torch.isin(held_out, pool).any()
     assert len(pool) < 54 and torch.isin(kept, pool).all() and abs(2 * len(kept) - len(pool)) < 4
-    _close(list(seen), [pool if "dro" in flags else kept, kept, kept][-len(stages):])   # dro's guide: all
+    _assert_close(list(seen), [pool if "dro" in flags else kept, kept, kept][-len(stages):])  # dro's: all
     assert len({c.seed for c in settings}) == len(stages)       # a stage draws for itself
     assert [(c.channels, c.dropout) for c in settings] == [(4, 0), (4, 0), (8, 0.2)][-len(stages):]
     if "--class-weights" in flags:
         counts = torch.bincount(dataset.labels[kept])
         w = torch.tensor([0.5, 1, 3]) if "dro" in flags else 1 / counts
-        _close(weights[-1], w * counts.sum() / (w * counts).sum(), 1e-5)
+        _assert_close(weights[-1], w * counts.sum() / (w * counts).sum(), 1e-5)
     for changed, same in (held_out, True), (pool[::2], False):  # pruning, too, sees the pool only
         dataset.x[changed] = 255 - dataset.x[changed]
         assert torch.equal(train.choose_examples(settings[-1], dataset, tmp_path)[1], kept) == same
@@ -1391,7 +1391,7 @@ def test_two_processes_give_the_weights_of_one(tmp_path):
     for i, flags in enumerate((tree, images)):
         one = _train(flags)
         for part in "model", "ema":                             # small gradients differ by rounding
-            _close(_load(one)[part], _load(tmp_path / str(i))[part], 5e-5)
+            _assert_close(_load(one)[part], _load(tmp_path / str(i))[part], 5e-5)
         for a, b in zip(_records(one), _records(tmp_path / str(i))):
             assert all(a[key] == b[key] for key in ("step", "examples_trained", "examples_drawn", "lr"))
     total = _load(one / "proxy")["dro"]["total"]
@@ -1578,7 +1578,7 @@ def test_exact_targets_are_the_exact_denoiser():
     torch.testing.assert_close((*sampled[:3], sampled.target), (*exact[:3], exact.x0))
     x = (exact.x0 + exact.sigma[:, None] * exact.noise).double()
     expect = x + exact.sigma[:, None] ** 2 * TREE.score(x, exact.sigma)         # Tweedie's formula
-    _close(exact.target.double(), expect, 1e-4)
+    _assert_close(exact.target.double(), expect, 1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2046,7 +2046,7 @@ def test_extract_pads_the_last_batch_and_pixels_are_area_averages():
     shapes = set()
     net.register_forward_hook(lambda module, inputs, output: shapes.add(inputs[0].shape))
     expected = images.double().reshape(7, 3, 8, 2, 8, 3).mean((3, 5)).flatten(1) / 127.5 - 1
-    _close(fid.extract(net, images, batch=3).double(), expected, 1e-6)
+    _assert_close(fid.extract(net, images, batch=3).double(), expected, 1e-6)
     assert shapes == {(3, 3, 16, 24)}
 
 

@@ -566,7 +566,8 @@ def _read_npz(source, size):
     x = x.astype(np.float16 if x.dtype.itemsize == 2 else np.float32)
     mean = arrays.get("mean", x.mean((0, 2, 3), np.float64))
     std = arrays.get("std", x.std((0, 2, 3), np.float64).clip(1e-6))
-    if mean.shape != x.shape[1:2] or std.shape != x.shape[1:2] or not np.isfinite(mean / std).all():
+    is_per_channel = mean.shape == std.shape == x.shape[1:2]
+    if not is_per_channel or not np.isfinite([mean, std]).all() or std.min() <= 0:
         raise ValueError("`latents` must be finite, `mean` and `std` [C], and `std` above 0")
     return _make_dataset(x, labels, class_names, kind="latent", mean=mean.tolist(), std=std.tolist())
 

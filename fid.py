@@ -229,7 +229,8 @@ def data_features(net, dataset, label="features of the data"):
 # records say by what protocol the metrics were taken; `--compare` joins only records of one protocol.
 
 class Evaluation:
-    """evaluation(denoiser, guide_denoiser, progress) -> records for the log; also draws samples.png.
+    """evaluation(denoiser, guide_denoiser, progress, log) adds its records to the log, unless they are in it,
+    and prints them; -> whether it added any. Also draws samples.png.
 
     denoiser        model.Denoiser in evaluation mode, which holds the averaged weights
     guide_denoiser  the same for the guide; None = there is no guide
@@ -264,31 +265,33 @@ class Evaluation:
         self.protocol = dict(features=features, data=c.fingerprint[:8], samples=c.eval_samples,
                              sampling_steps=c.sampling_steps)
 
-    def records(self, log, step, guidance):
-        """The evaluations in the log of this step, at this weight of guidance and by this protocol."""
-        wanted = dict(self.protocol, kind="eval", step=step, guidance=guidance)
-        return [record for record in log if wanted.items() <= record.items()]
-
-    def is_logged(self, log, step, guidance):
-        """Whether the log has this step's evaluation at this weight of guidance (1 = unguided)."""
-        return bool(self.records(log, step, guidance))
-
-    def show(self, log, step, guidance):
-        """Print the metrics of a step, unguided and, if `guidance` is not 1, guided."""
-        for w in dict.fromkeys((1.0, guidance)):
-            records = self.records(log, step, w)
-            if records and records[-1]["metrics"]:
-                way = "unguided" if w == 1 else f"guidance {w:g}"
-                words = "  ".join(f"{name} {records[-1][name]:.4f}" for name in records[-1]["metrics"])
-                data.say(f"step {step}, {way} ({self.c.eval_samples:,} samples):  {words}", file=sys.stdout)
-
-    def __call__(self, denoiser, guide_denoiser, progress):
-        main = self.accelerate(denoiser)
-        guide_network = None
+    def __call__(self, denoiser, guide_denoiser, progress, log):
         titles = {1.0: "unguided samples"}                      # {weight of guidance: title in samples.png}
         if guide_denoiser is not None and self.c.guidance != 1:
-            guide_network = self.accelerate(guide_denoiser)
             titles[self.c.guidance] = f"guided samples, w = {self.c.guidance:g}"
+        *_, last = titles
+        is_new = self.logged(log, progress["step"], last) is None
+        if is_new:
+            log += self.records(denoiser, guide_denoiser, progress, titles)
+        for w in titles:
+            record = self.logged(log, progress["step"], w)
+            words = "  ".join(f"{name} {record[name]:.4f}" for name in record["metrics"])
+            if words:
+                way = "unguided" if w == 1 else f"guidance {w:g}"
+                data.say(f"step {record['step']}, {way} ({record['samples']:,} samples):  {words}",
+                         file=sys.stdout)
+        return is_new
+
+    def logged(self, log, step, guidance):
+        """The last record in the log of this step, weight of guidance and protocol; None = there is none."""
+        wanted = dict(self.protocol, kind="eval", step=step, guidance=guidance)
+        records = [record for record in log if wanted.items() <= record.items()]
+        return records[-1] if records else None
+
+    def records(self, denoiser, guide_denoiser, progress, titles):
+        """Records of new samples at each weight of guidance in `titles`; also draws samples.png."""
+        main = self.accelerate(denoiser)
+        guide_network = self.accelerate(guide_denoiser)         # not called at weight 1
         records = []
         samples = {}
         for w, title in titles.items():

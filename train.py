@@ -112,7 +112,7 @@ PRESETS = {
     "latent": dict(channels=128, flip=False, P_mean=-0.4, P_std=1.0, guidance=1.8)}
 CPU = dict(
     channels=24, blocks=1, batch=64, steps=1000, lr_decay=400, warmup=50, dropout=0.0, sampling_steps=16,
-    eval_samples=256, log_every=20)
+    eval_samples=256, log_every=5)
 
 MACHINE = {"data", "out", "device", "bf16", "compile", "micro_batch"}   # never taken over from a checkpoint
 
@@ -400,15 +400,14 @@ def new_progress(costs):
 
     seconds         of training
     examples_drawn  trained on, or only scored
-    selecting       whether the last step chose its batch
     ahead           True once --until-better has ended the selection
     other_...       the sums of `costs`, a list of (seconds, examples): pruning, guide, proxy, reference
     """
-    return dict(step=0, seconds=0.0, examples_trained=0, examples_drawn=0, selecting=False, ahead=False,
+    return dict(step=0, seconds=0.0, examples_trained=0, examples_drawn=0, ahead=False,
                 other_seconds=sum(seconds for seconds, _ in costs), other_examples=sum(n for _, n in costs))
 
 
-def save(path, c, state, progress, log):
+def save(c, state, progress, log, path):
     """Write a checkpoint of `state`, {name: object with a state_dict}, and its log beside it."""
     if RANK > 0:
         return
@@ -460,13 +459,15 @@ def cost_of(path):
 # the network itself is the autoguided denoiser.
 
 def make_objective(c, denoiser, guide=None):
-    """The function to train on; with a guide its targets are guided."""
+    """The function to train on. Its targets are guided where there is a guide and a weight for it."""
+    is_guided = guide is not None and c.guided_targets != 1
+
     def objective(x0, noise, sigma, labels, target, weight):
         """-> (weighted mean, losses [b]) of the tensors of a data.Batch and weights [b]."""
         losses, D_x = denoiser.loss(x0, noise, sigma, labels, target)
         D = D_x.detach()                                        # no gradient through a target
         network_term = losses
-        if guide is not None:
+        if is_guided:
             with torch.no_grad():
                 D_guide = guide(x0 + model.per_example(sigma, x0) * noise, sigma, labels)
             guided_target = target + (1 - 1 / c.guided_targets) * (D - D_guide)
@@ -600,10 +601,12 @@ class Learner:
 # Time and log lines.
 
 class Stopwatch:
-    """Seconds of training. Reading it waits for the device, so it is read at log lines only."""
+    """Keeps progress["seconds"], those of training. Reading it waits for the device, so it is read at log
+    lines only."""
 
-    def __init__(self, seconds):
-        self.start = time.monotonic() - seconds
+    def __init__(self, progress):
+        self.progress = progress
+        self.start = time.monotonic() - progress["seconds"]
 
     def read(self):
         """The seconds, after the device has finished its work."""
@@ -613,10 +616,11 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def paused(self):
-        """Leave out what happens inside: evaluating, saving, compiling."""
-        before = self.read()
+        """Leave out what happens inside: evaluating, logging, saving, compiling."""
+        seconds = self.read()
+        self.progress["seconds"] = seconds
         yield
-        self.start += self.read() - before
+        self.start += self.read() - seconds
 
 
 def due(step, every, last=None):
@@ -624,13 +628,20 @@ def due(step, every, last=None):
     return step == last or (every is not None and step > 0 and step % every == 0)
 
 
-def log_line(c, step, losses, seconds, batch, jest=None):
-    """Show the progress line after `step` steps; -> what the log says of the steps since the last one: their
-    `losses`, tensors [], and the last data.Batch. They took `seconds`; `jest` is None if it chose nothing."""
-    loss = average([torch.stack(losses).mean()])[0].item()
+def log_line(c, progress, log, losses, batch, jest=None):
+    """Add a record to the log, and show it as the progress line: the `losses`, tensors [], of the steps since
+    the last one, and the last data.Batch; `jest` is None if it chose nothing. A loss that is not finite does
+    not count. DataError if there is no other."""
+    step = progress["step"]
+    before = log[-1] if log else new_progress([])
+    losses = torch.stack(losses)
+    loss = average([losses.where(losses.isfinite(), math.nan).nanmean()])[0].item()
+    if math.isnan(loss):
+        raise data.DataError(f"{c.out}: no finite loss from step {before['step']} to {step}: --no-bf16 may "
+                             "help, or a lower --lr with another --out")
     ln_sigma = batch.sigma.log().mean().item()
-    record = dict(kind="train", loss=loss, lr=learning_rate(c, step - 1), ln_sigma=ln_sigma)
-    milliseconds = 1000 * seconds / len(losses)
+    record = dict(progress, kind="train", loss=loss, lr=learning_rate(c, step - 1), ln_sigma=ln_sigma)
+    milliseconds = 1000 * (progress["seconds"] - before["seconds"]) / (step - before["step"])
     words = f"{Path(c.out).name}: step {step}/{c.steps}  loss {loss:.4f}  {milliseconds:.3g} ms/step"
     end = c.steps
     if jest is not None:
@@ -638,6 +649,7 @@ def log_line(c, step, losses, seconds, batch, jest=None):
         record |= zip(("score_mean", "score_std", "score_chosen", "excess"), statistics)
         words += f"  chosen {record['score_chosen'] - record['score_mean']:+.3g}"
         end = c.early_steps or c.steps
+    log.append(record)
     if c.device.startswith("cuda"):
         words += f"  {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB"
     left = round(milliseconds * (end - step) / 1000)
@@ -645,8 +657,7 @@ def log_line(c, step, losses, seconds, batch, jest=None):
     if end < c.steps:
         words += " of the selection"
     if RANK == 0:
-        data.progress(words, last=step in (1, c.steps))
-    return record
+        data.progress(words, last=step == c.steps)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -686,41 +697,33 @@ def train(c, dataset, folder, examples=None, guide_path=None, class_weights=None
         c.guide_path = os.path.relpath(os.path.realpath(guide_path), os.path.realpath(c.out))
         if guide_is_needed(c):
             guide = load_matching(guide_path, c)
-    save_run = functools.partial(save, path, c, state, progress, log)
+    save_to = functools.partial(save, c, state, progress, log)
     if (saved["guidance"], saved["guide_path"]) != (c.guidance, c.guide_path):
-        save_run()                                              # sample.py reads them
+        save_to(path)                                           # sample.py reads them
 
-    # Objectives, selectors, clock.
-    objective = make_objective(c, denoiser)
-    guided_objective = make_objective(c, denoiser, guide)
+    # Objective, selectors, clock.
+    objective = make_objective(c, denoiser, guide)
     uniform, jest = make_selectors(c, dataset, denoiser, ema, examples, guide)
-    clock = Stopwatch(progress["seconds"])
+    clock = Stopwatch(progress)
     last_save = time.monotonic()
     compiled = set()                                            # graphs that have run
     losses_to_log = []
-    first_step = progress["step"]
-    bad_lines = 0                                               # latest log lines whose loss was not finite
 
     for step in range(progress["step"], c.steps + 1):
 
         # Evaluate what the steps so far have made, unless the log has it: so this is redone after a stop.
-        if evaluation is not None and due(step, c.eval_every, c.steps) and bad_lines == 0:
-            guidance = 1.0 if guide is None else c.guidance
+        if evaluation is not None and due(step, c.eval_every, c.steps):
             with clock.paused():
-                if not evaluation.is_logged(log, step, guidance):
-                    save_run()
-                    log += evaluation(learner.averaged(), guide if guidance != 1 else None, progress)
-                    save_run()
-                evaluation.show(log, step, guidance)
+                if evaluation(learner.averaged(), guide, progress, log):
+                    save_to(path)
         if step == c.steps:
             break
         data.signals.held = WORLD == 1                          # a signal waits for the end of the step
 
         # The batch: drawn at random, or chosen by JEST from a super-batch. A step that compiles is not timed.
         selecting = jest is not None and not progress["ahead"] and not 0 < c.early_steps <= step
-        guided = c.guided_targets != 1 and guide is not None
-        compiles = c.compile and (selecting, guided) not in compiled
-        compiled.add((selecting, guided))
+        compiles = c.compile and (selecting, objective) not in compiled
+        compiled.add((selecting, objective))
         with clock.paused() if compiles else contextlib.nullcontext():
             if selecting:
                 batch, weight = jest(step)
@@ -737,7 +740,7 @@ def train(c, dataset, folder, examples=None, guide_path=None, class_weights=None
             # Gradients, then optimizer step, projection of the weights, moving averages, group DRO.
             if c.dropout > 0:                                   # a function of (seed, step), too
                 torch.manual_seed(process_stream(c, step, "dropout").initial_seed())
-            losses = backward(guided_objective if guided else objective, batch, weight, c.micro_batch)
+            losses = backward(objective, batch, weight, c.micro_batch)
             learner.update(step)
             if dro_reference is not None:
                 totals = dro.totals(losses - reference_loss(batch), batch.labels % len(c.class_names))
@@ -746,46 +749,35 @@ def train(c, dataset, folder, examples=None, guide_path=None, class_weights=None
         progress["step"] = step + 1
         progress["examples_trained"] += len(batch.x0) * WORLD
         progress["examples_drawn"] += c.super_batch if selecting else uniform.n
-        progress["selecting"] = selecting
 
         # The snapshot: from now on the guide is a copy of the learner's average.
         if c.guide == "snapshot" and step + 1 == c.guide_steps:
             with clock.paused():
-                so_far = dict(progress, seconds=clock.read())
-                save(folder / "guide.pt", c, dict(model=denoiser, ema=ema), so_far, log)
-                c.guide_path = "guide.pt"
-                guide = frozen_copy(learner.averaged())
-                guided_objective = make_objective(c, denoiser, guide)
+                save_to(folder / "guide.pt")
+            c.guide_path = "guide.pt"
+            guide = frozen_copy(learner.averaged())
+            if c.guided_targets != 1:
+                objective = make_objective(c, denoiser, guide)
 
         # Log and save. With --until-better a regular log line ends selection if the learner is ahead.
-        last = step + 1 == c.steps
-        is_line = last or due(step + 1, c.log_every) or due(step + 1, c.eval_every)
-        if is_line or step == first_step:
-            seconds = clock.read() - progress["seconds"]
-            record = log_line(c, step + 1, losses_to_log, seconds, batch, jest if selecting else None)
-        if is_line:
-            excess = record.pop("excess", math.nan)
-            if selecting and c.until_better and due(step + 1, c.log_every):
-                progress["ahead"] = excess <= 0                 # False if no loss was finite
-            progress["seconds"] = clock.read()
-            log.append(progress | record)
+        evaluates = due(step + 1, c.eval_every, c.steps)
+        if evaluates or due(step + 1, c.log_every):
+            with clock.paused():
+                log_line(c, progress, log, losses_to_log, batch, jest if selecting else None)
+                if selecting and c.until_better and due(step + 1, c.log_every):
+                    progress["ahead"] = log[-1]["excess"] <= 0  # False if no loss was finite
+                if evaluates or time.monotonic() - last_save >= c.save_every:
+                    save_to(path)
+                    last_save = time.monotonic()
             losses_to_log = []
-            bad_lines = 0 if math.isfinite(record["loss"]) else bad_lines + 1
-            if bad_lines == 2 or (bad_lines == 1 and last):
-                raise data.DataError(f"{folder}: no finite loss at step {step + 1}: --no-bf16 may help, or a "
-                                     "lower --lr with another --out")
-            if bad_lines == 0 and (last or time.monotonic() - last_save >= c.save_every):
-                with clock.paused():
-                    save_run()
-                last_save = time.monotonic()
 
         # A signal that came during the step.
         data.signals.held = False
         if data.signals.received is not None:
             words = f"stopped at step {step + 1}"
-            if bad_lines == 0 and losses.mean().isfinite():
-                progress["seconds"] = clock.read()
-                save_run()
+            if losses.mean().isfinite():
+                with clock.paused():
+                    save_to(path)
                 words += ", saved: the same command resumes"
             raise data.Stopped(data.signals.received, words)
 

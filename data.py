@@ -430,7 +430,7 @@ def _read_images(members, size):
     suffixes = sorted({PurePosixPath(name).suffix for name in others})
     report = [f"{len(others):,} other files left out ({', '.join(suffixes[:10])})"] if others else []
     if not images:
-        raise ValueError(f"it holds no images ({' '.join(IMAGES)}); {' '.join(report)}")
+        raise ValueError(" ".join([f"it holds no images ({' '.join(IMAGES)})", *report]))
     listings = [name for name in others if PurePosixPath(name).name == "dataset.json"]
     if listings:
         label_of = _labels_by_listing(members, listings[0], images)

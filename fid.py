@@ -269,8 +269,7 @@ class Evaluation:
         titles = {1.0: "unguided samples"}                      # {weight of guidance: title in samples.png}
         if guide_denoiser is not None and self.c.guidance != 1:
             titles[self.c.guidance] = f"guided samples, w = {self.c.guidance:g}"
-        *_, last = titles
-        is_new = self.logged(log, progress["step"], last) is None
+        is_new = any(self.logged(log, progress["step"], w) is None for w in titles)
         if is_new:
             log += self.records(denoiser, guide_denoiser, progress, titles)
         for w in titles:

@@ -833,6 +833,7 @@ def test_the_same_command_resumes_and_another_is_refused(tmp_path, capsys, monke
     (run / "log.jsonl.99.tmp").write_bytes(b"of a process that was killed")
     monkeypatch.setattr(train, "CPU", train.CPU | dict(warmup=9, lr_decay=5))
     _train(flags, "--steps 32", out=run)                        # what is not typed is as the run began
+    assert "taken from there: --lr-decay 400 --warmup 50 --guide-steps 2\n" in capsys.readouterr().err
     _same_run(longer, run)
     assert not (run / "log.jsonl.99.tmp").exists()
 
@@ -955,7 +956,6 @@ def test_samples_that_are_not_finite_are_said_and_neither_written_nor_scored(tmp
 def test_time_left_is_of_the_last_interval(tmp_path, monkeypatch):
     flags = f"{TINY} --guide none --log-every 20 --selector jest --early-steps 50"
     run = _train(flags, out=tmp_path / "run")
-    assert [r["step"] for r in _records(run)] == [20, 24]
     content = _load(run)
     for record in content["progress"], content["log"][-1]:
         record["seconds"] = 1e6                                 # on a slow machine

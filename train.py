@@ -134,7 +134,7 @@ def build_parser():
     best = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", type=data.device, default=best, help="cpu, cuda or cuda:N")
     add("--seed", type=data.number(int, "[0, 1e15]"), default=0, help="of weights, data, noise and selection")
-    add("--size", type=data.number(int, "[8, 4096]"), help="crop images to a square and resize it")
+    add("--size", type=data.number(int, "[8, 4096]"), help="crop and resize images to a multiple of 8 pixels")
     add("--flip", action=on_off, help="mirror half of the images, as classes of their own")
     add("--holdout", type=whole, default=0, help="examples held out for the validation loss")
     add("--imbalance", type=from_one, help="long-tailed classes: examples of the largest over the smallest")
@@ -219,6 +219,7 @@ def settings(argv=None):
     if c.out is None:
         name = "tree" if c.data is None else Path(c.data).resolve().name.split(".")[0]
         c.out = f"runs/{name}-{c.selector}"
+    fresh = copy.copy(c)                                        # what a new run would be
     join(c.device)
     if RANK > 0:
         barrier()                                               # until process 0 has filled the caches
@@ -231,12 +232,16 @@ def settings(argv=None):
     dataset = data.load(c.data, c.size).to(c.device) if c.data else data.Tree(c.device)
     if RANK == 0:
         data.say("\n".join(dataset.report))
-    add_facts_of_data(c, dataset)
-    add_preset(c)
+    for values in c, fresh:
+        add_facts_of_data(values, dataset)
+        add_preset(values)
     refuse(c, typed, dataset)
     c.files = contents_of_files(c)
     if saved:
         refuse_other_run(c, checkpoint)
+    taken = [shown(vars(c), name) for name in defaults if vars(c)[name] != vars(fresh)[name]]
+    if taken and RANK == 0:
+        data.say(f"{path}: not typed, taken from there: {' '.join(taken)}")
     return c, dataset
 
 
@@ -834,6 +839,7 @@ def choose_examples(c, dataset, folder):
     kept = data.prune(priority, labels, c.keep)                 # positions in the pool
     seconds = time.monotonic() - start
     if RANK == 0:
+        data.say(f"{c.prune}: {len(kept):,} of {len(pool):,} examples are kept, see coreset.png")
         picture = data.coreset_picture(dataset, pool, priority, kept)
         with data.writing(folder / "coreset.png") as file:
             picture.save(file, format="PNG")

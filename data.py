@@ -778,7 +778,8 @@ def write_class_weights(target, class_names, weights, cost):
 # mixed with the uniform weights. The result is the running mean of alpha.
 
 class GroupDRO(torch.nn.Module):
-    """`alpha` [classes] and its running mean, `mean_alpha` [classes]; both sum to 1.
+    """`alpha` [classes], the classes' shares of the loss, and its running mean `mean_alpha`; both sum to 1.
+    The weights of the classes in the loss are `class_weights_of_mean_one(alpha / counts, counts)`.
 
     eta         step size; 1 in DoReMi's paper and in the arguments of its official code
     smoothing   share of the uniform weights; 1e-3 in the paper, 1e-4 in its code

@@ -111,8 +111,8 @@ def tree_metrics(points, tree, endpoints):
 
     hit         share of the points that are hits
     coverage    cells with a hit over cells with any point (the AJEST authors' "mandala score" on a grid of
-                our own; their cells are 0.03 wide around (0.0030, 0.0325), and ours gives up to 0.016 more on
-                equal points). It is a share of the visited cells: a sampler that has collapsed scores 1
+                our own; their cells are 0.03 wide around (0.0030, 0.0325), and on equal points the two differ
+                by up to 0.02). It is a share of the visited cells: a sampler that has collapsed scores 1
     reached     cells with a hit over the cells that n points of the tree itself hit: about 1 for a perfect
                 sampler, near 0 for a collapsed one. It depends on n
     l2          mean distance of the first m points from `endpoints` [m, 2], where the exact denoiser's ODE

@@ -411,7 +411,8 @@ class MLP(torch.nn.Module):
 # beta_t = (1 - 1/t)^(gamma + 1). beta_1 = 0, so the initialization has no weight.
 
 class PowerEMA:
-    """Averages of a module's parameters, whose lengths `stds` are fractions of the training so far."""
+    """Averages of a module's parameters (not its buffers), whose lengths `stds` are fractions of the training
+    so far, below 0.28. They are made where the parameters are: after the module has moved to its device."""
 
     def __init__(self, module, stds):
         self.names = [name for name, _ in module.named_parameters()]
@@ -442,7 +443,7 @@ class PowerEMA:
 
 
 def ema_gamma(std):
-    """The exponent gamma of an average of length `std`, a fraction of the training (EDM2 eq. 123)."""
+    """The exponent gamma of an average of length `std` < 0.28, a fraction of the training (EDM2 eq. 123)."""
     # std^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)), solved for the largest real root.
     inverse = std ** -2
     return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())

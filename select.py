@@ -3,8 +3,8 @@
 JEST: "Data curation via joint example selection further accelerates multimodal learning" (arXiv 2406.17711).
 AJEST is JEST with the guide of autoguidance as the reference (arXiv 2509.15267). In a loop of your own:
 
-    x0, sigma, noise = draw(5 * k)                              # a super-batch
-    with torch.no_grad():                                       # both networks see the same sigma and noise
+    x0, sigma, noise = draw(5 * k)                              # a super-batch; index labels likewise
+    with torch.no_grad():                                       # same sigma and noise, both in eval() mode
         scores = loss(learner, x0, sigma, noise) - loss(guide, x0, sigma, noise)        # per example, [5 k]
     index = jest(scores, k)                                     # prefers what the guide does better
     x0, sigma, noise = x0[index], sigma[index], noise[index]    # train on exactly these
@@ -69,7 +69,8 @@ def jest(scores, k, chunks=16, joint="mean", generator=None):
     """Choose k of B examples, in at most `chunks` chunks: scores [B] -> indices int64 [k], none twice.
 
     A chunk is drawn without replacement from softmax(FACTORS[joint](m) * scores) by Gumbel-top-k: it takes
-    the largest logits after Gumbel noise is added. Nothing here waits for the device.
+    the largest logits after Gumbel noise is added. The generator is on the scores' device. Nothing here waits
+    for the device.
     """
     logits = finite(scores, k)
     logits = (logits - logits.max()).clamp(min=-1e30)           # finite after any factor

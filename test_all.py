@@ -175,11 +175,11 @@ def _interrupt(monkeypatch, *calls):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# What the README says to copy, each group alone with torch, numpy and math: tests of these names use these.
+# What the README says to copy, each group alone with these imports: tests of these names use these.
 
 def _copied(**names):
     """A namespace with the text of these definitions, {module: their names}."""
-    space = dict(torch=torch, np=np, math=math)
+    space = dict(torch=torch, np=np, math=math, hashlib=hashlib)
     for module, wanted in names.items():
         text = (HERE / f"{module}.py").read_text()
         for node in ast.parse(text).body:
@@ -193,8 +193,8 @@ def _copied(**names):
 JEST = _copied(select="FACTORS gumbel finite jest")
 GUIDANCE = _copied(guide="autoguided noise_levels heun generate")
 PRUNING = _copied(
-    data="PRUNING prune ranked priorities indices_by_class _gaussian _knn _moderate neighbour_distance")
-DRO = _copied(data="GroupDRO")
+    data="stream prune ranked priorities indices_by_class _gaussian _knn _moderate neighbour_distance")
+DRO = _copied(data="GroupDRO class_weights_of_mean_one")
 FRECHET = _copied(fid="moments frechet")
 PRECISION = _copied(data="neighbour_distance", fid="precision_recall _share_inside")
 AVERAGE = _copied(model="PowerEMA ema_gamma")
@@ -386,7 +386,7 @@ def test_choosing_and_training_read_nothing_from_the_device(options):
     model.PowerEMA(denoiser, c.ema).update(1)
     dro = data.GroupDRO(6).to("meta")
     dro.update(dro.totals(losses, chosen.labels))
-    assert data.class_weights_of_mean_one(dro.alpha, dro.alpha)[chosen.labels].shape == (4,)
+    assert DRO.class_weights_of_mean_one(dro.alpha, dro.alpha)[chosen.labels].shape == (4,)
     with pytest.raises(RuntimeError):
         losses[0].item()
 
@@ -1780,7 +1780,7 @@ def test_kept_are_the_best_of_each_class_in_exact_numbers(method):
             members = (labels == c).nonzero()[:, 0].tolist()
             kept += sorted(members, key=lambda i: -priority[i])[:n]
         assert PRUNING.prune(priority, labels, keep).tolist() == sorted(kept)
-    alone = data.priorities(x[labels == 1], None, method)
+    alone = PRUNING.priorities(x[labels == 1], None, method)
     assert method == "random" or torch.allclose(priority[labels == 1], alone)
 
 

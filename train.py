@@ -461,7 +461,7 @@ def cost_of(path):
 # ------------------------------------------------------------------------------------------------------------
 # The objective: EDM's loss, weighted by EDM2's learned uncertainty u(sigma) as loss / e^u + u. With guided
 # targets the target moves by 1 - 1/W of D - D_guide. At the fixed point D = D_guide + W (target - D_guide):
-# the network itself is the autoguided denoiser.
+# the network itself is the ideal denoiser, autoguided. Before the snapshot is taken targets are not guided.
 
 def make_objective(c, denoiser, guide=None):
     """The function to train on. Its targets are guided where there is a guide and a weight for it."""

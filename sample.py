@@ -41,7 +41,7 @@ def main(argv=None):
     if files == [args.out]:
         write_samples(args.out, torch.cat(list(batches)), labels, config)
     else:
-        write_images(args.out, files, batches)
+        write_images(files, batches)
     data.say(f"wrote {args.out}", file=sys.stdout)
 
 
@@ -145,18 +145,13 @@ def output_files(args, kind):
     return files
 
 
-def write_images(folder, files, batches):
+def write_images(files, batches):
     """Write each image to a file of its own while the samples are drawn."""
-    written = 0
-    try:
-        for images in batches:
-            for image in images.permute(0, 2, 3, 1).numpy():
-                with data.writing(files[written]) as file:
-                    Image.fromarray(image).save(file, format="PNG")
-                written += 1
-    except data.Stopped as stop:
-        text = f"stopped, wrote {written} of {len(files)} images to {folder}"
-        raise data.Stopped(stop.number, text) from None
+    names = iter(files)
+    for images in batches:
+        for image in images.permute(0, 2, 3, 1).numpy():
+            with data.writing(next(names)) as file:
+                Image.fromarray(image).save(file, format="PNG")
 
 
 def write_samples(path, samples, labels, config):
@@ -175,4 +170,4 @@ def write_samples(path, samples, labels, config):
 
 
 if __name__ == "__main__":
-    data.command(main, "stopped, nothing was written")
+    data.command(main)

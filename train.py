@@ -779,11 +779,9 @@ def train(c, dataset, folder, examples=None, guide_path=None, class_weights=None
         # A signal that came during the step.
         data.signals.held = False
         if data.signals.received is not None:
-            words = f"stopped at step {step + 1}"
-            if losses.mean().isfinite():
-                with clock.paused():
-                    save_to(path)
-                words += ", saved: the same command resumes"
+            with clock.paused():
+                save_to(path)
+            words = f"stopped at step {step + 1}, saved: the same command resumes"
             raise data.Stopped(data.signals.received, words)
 
     barrier()

@@ -1027,9 +1027,9 @@ REFUSED = [         # program, flags before, flags; the error names the last of 
         "--selector jest --after full", "--eval-samples 1"]),
     (train, f"{SMALL} --eval-samples 3 --out new --data d.npz", [
         "--holdout 60", "--size 12 -> multiple of 8", "--targets exact", "--eta 1", "--metrics beauty",
-        "--eval-samples 2", "--guide large.npz -> large.npz", "--guide other -> other",
+        "--eval-samples 2", "--guide large.npz -> large.npz", "--guide other -> other", "--data no -> no",
         "--selector ajest --class-weights plain.npz -> plain.npz", "--data plain.npz --class-weights inverse",
-        "--selector ajest --metrics own:absent.pt -> absent.pt", "--data wide.npz -> squares", "--data no -> no",
+        "--selector ajest --metrics own:absent.pt -> absent.pt", "--data wide.npz -> squares",
         "--data named.npz --selector jest --reference reference -> reference", "--data latents.npz -> 28",
         "--data latents.npz --metrics inception", "--data latents.npz --size 8 -> size"]),
     (sample, "other --out x.png", ["--class dragon", "--ema 0.2", "--out x.gif -> x.gif", "--guidance 2"]),

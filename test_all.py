@@ -764,8 +764,8 @@ DIGITS = [          # flags; loss, lr, ln_sigma and examples drawn of the last l
      "--eval-samples 64", [0.30654, 0.01, -2.29952, 6656, 0.488283, 0.198434, 0.617317]),
     (f"{SMALL} --data d.npz --dropout 0.2 --holdout 9 --imbalance 3 --keep 0.5 --prune random --guidance 1.5 "
      "--lr 0.05 --warmup 0 --eval-samples 12", [0.797572, 0.05, -0.625314, 24, 209.978, 0.9496, 214.69]),
-    (f"{SMALL} --data d.npz --selector ajest --gain 4 --debias --lr 0.05 --warmup 0 --micro-batch 2",
-     [0.849953, 0.05, -2.54455, 120])]
+    (f"{SMALL} --data d.npz --selector ajest --gain 4 --debias --lr 0.05 --warmup 9 --micro-batch 2",
+     [0.734091, 0.03, -2.33164, 120])]
 
 
 @pytest.mark.parametrize("flags, digits", DIGITS)

@@ -41,13 +41,17 @@ class Tree:
     """A mixture in the plane: class A of the paper, 127 branches of eight Gaussians each."""
     kind = "tree"
     shape = (2,)
-    class_names = mean = std = ()
+    class_names = ()
+    mean = ()
+    std = ()
 
     def __init__(self, device="cpu"):
         self.device = torch.device(device)
         branches = _grow(np.random.RandomState(2), np.array([0.0030, 0.0325]), np.pi / 4)
-        weight, mean, cov = map(np.array, zip(*branches))       # [K], [K, 8, 2], [K, 2, 2]
-        weight = weight / (8 * weight.sum())                    # of each of a branch's eight Gaussians
+        length = np.array([branch[0] for branch in branches])   # [K], times 0.5^depth
+        mean = np.array([branch[1] for branch in branches])     # [K, 8, 2]
+        cov = np.array([branch[2] for branch in branches])      # [K, 2, 2]
+        weight = length / (8 * length.sum())                    # of each of a branch's eight Gaussians
         lam, axes = np.linalg.eigh(cov)                         # cov = axes diag(lam) axes^T
         half = (mean[:, 7] - mean[:, 0]) / 2                    # [K, 2], from the middle to the last Gaussian
         parameters = dict(                                      # float64; K branches, 8 K Gaussians

@@ -106,7 +106,7 @@ class Tree:
         score = []
         for x_rows, sigma_rows in zip(x.split(rows), sigma.split(rows)):
             a = x_rows @ axes - tensors["middle"]                                       # [axis, n, K]
-            precision = (tensors["lam"] + sigma_rows ** 2).reciprocal()                     # [axis, n, K]
+            precision = (tensors["lam"] + sigma_rows ** 2).reciprocal()                 # [axis, n, K]
             pull = precision * a
             slope = precision * half
             base = tensors["log_weight"] + 0.5 * (precision.prod(0).log() - (pull * a).sum(0))
